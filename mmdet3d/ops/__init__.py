@@ -1,0 +1,13 @@
+"""Custom operators: one folder each, with contract, plain reference, CPU and CUDA versions."""
+
+from .bev_pool_v2 import PoolOrder, bev_pool_v2, bev_pool_v2_reference, sort_by_cell
+from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
+
+__all__ = [
+    "PoolOrder",
+    "bev_pool_v2",
+    "bev_pool_v2_reference",
+    "ms_deform_attn",
+    "ms_deform_attn_reference",
+    "sort_by_cell",
+]
