@@ -1,0 +1,6 @@
+"""Stereo cost volume by plane sweeping."""
+
+from .plane_sweep import plane_sweep
+from .reference import plane_sweep_reference
+
+__all__ = ["plane_sweep", "plane_sweep_reference"]
