@@ -40,6 +40,6 @@ def bev_pool_v2_reference(
     values = depth.to(dtype).unsqueeze(-1) * context.to(dtype).unsqueeze(2)  # (B, N, D, H, W, C)
     # The last row collects the points outside, so that no shape depends on the data.
     volume = values.new_zeros(batch * num_cells + 1, channels)
-    volume = volume.index_add(0, voxel_of_point(cell_index, num_cells), values.reshape(-1, channels))
+    volume = volume.index_add(0, voxel_of_point(cell_index, num_cells), values.flatten(0, 4))
     volume = volume[:-1].view(batch, *grid_size, channels).permute(0, 4, 1, 2, 3)
-    return volume.to(depth.dtype, memory_format=torch.contiguous_format).contiguous()
+    return volume.to(depth.dtype).contiguous()

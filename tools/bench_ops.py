@@ -1,0 +1,121 @@
+"""Times the compiled operators against their plain PyTorch references, at the sizes of the released model.
+
+    python tools/bench_ops.py --op all --device cuda
+    python tools/bench_ops.py --op ms_deform_attn --device cpu --threads 2 --json ops.json
+
+Each ``tests/ops/test_<op>.py`` says what is timed, through ``bench_cases(device, dtype)``, which returns a list of
+(name, compiled callable, reference callable). Times are medians after warm-up; a CUDA time spans the work on the GPU
+and, for work shorter than its launches, those.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = ("bev_pool_v2", "ms_deform_attn", "plane_sweep")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def load_cases(op: str, device: str, dtype: torch.dtype) -> list[tuple[str, Callable, Callable]]:
+    """Cases of one operator, from its test module."""
+    path = ROOT / "tests" / "ops" / f"test_{op}.py"
+    if not path.is_file():
+        raise SystemExit(f"--op {op}: {path.relative_to(ROOT)} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "bench_cases"):
+        raise SystemExit(f"--op {op}: {path.relative_to(ROOT)} has no bench_cases(device, dtype)")
+    return module.bench_cases(device, dtype)
+
+
+def median_ms(function: Callable, device: str, seconds: float) -> tuple[float, int]:
+    """Median time of one call in milliseconds, and of how many calls, measured for about ``seconds``."""
+    measure = _cuda_ms if device == "cuda" else _cpu_ms
+    for _ in range(3):
+        warm = measure(function)
+    repeats = max(5, min(200, int(1000 * seconds / max(warm, 1e-3))))
+    return statistics.median(measure(function) for _ in range(repeats)), repeats
+
+
+def _cpu_ms(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _cuda_ms(function: Callable) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def machine(device: str) -> dict:
+    """What the numbers were measured on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    facts = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        facts["cuda"] = torch.version.cuda
+    return facts | {"threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+
+
+def run(ops: list[str], device: str, dtype: str, seconds: float) -> list[dict]:
+    """Times every case of ``ops`` and prints a row for each."""
+    rows = []
+    print(f"{'case':<44}{'compiled ms':>13}{'reference ms':>14}{'ratio':>8}")
+    for op in ops:
+        for name, compiled, reference in load_cases(op, device, DTYPES[dtype]):
+            fast, repeats = median_ms(compiled, device, seconds)
+            slow, _ = median_ms(reference, device, seconds)
+            print(f"{name:<44}{fast:>13.3f}{slow:>14.3f}{slow / fast:>7.1f}x", flush=True)
+            rows.append(
+                {"op": op, "case": name, "compiled_ms": fast, "reference_ms": slow, "ratio": slow / fast,
+                 "repeats": repeats}
+            )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=(*OPS, "all"), default="all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each callable (default: 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    args = parser.parse_args(argv)
+    sys.path.insert(0, str(ROOT))
+    from mmdet3d.ops._library import AVAILABLE, built_with_cuda, load_error
+
+    if not AVAILABLE:
+        raise SystemExit(f"nothing to compare: {load_error()}")
+    if args.device == "cuda" and not (torch.cuda.is_available() and built_with_cuda()):
+        raise SystemExit("--device cuda needs a CUDA device and operators built with CUDA")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    facts = machine(args.device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), f"dtype {args.dtype}", sep=", ")
+    rows = run(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds)
+    if args.json:
+        partial = args.json.with_name(args.json.name + ".part")
+        partial.write_text(json.dumps({"machine": facts, "dtype": args.dtype, "cases": rows}, indent=2) + "\n")
+        partial.replace(args.json)
+
+
+if __name__ == "__main__":
+    main()
