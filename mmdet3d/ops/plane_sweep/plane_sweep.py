@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
+from .._checks import FLOAT_DTYPES, check_dims, check_dtype, check_same_device, check_same_dtype, check_shape
 from .._library import AVAILABLE, use_compiled
 from .reference import plane_sweep_reference
-
-_FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_GEOMETRY_DTYPES = (torch.float32, torch.float64)
 
 #: False also for a library that was built before this operator was written.
 _COMPILED = AVAILABLE and hasattr(torch.ops.mmdet3d, "plane_sweep")
@@ -66,8 +64,7 @@ def plane_sweep(
         TypeError: a dtype is not accepted.
         RuntimeError: an input requires a gradient while gradients are recorded.
     """
-    _check_features(current, reference)
-    _check_geometry(current, infinite_homography, epipole, depths)
+    _check_tensors(current, reference, infinite_homography, epipole, depths)
     _check_options(current.shape[1], invalid_channel, invalid_by_position)
     inputs = (current, reference, infinite_homography, epipole, depths)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -81,40 +78,22 @@ def plane_sweep(
     )
 
 
-def _check_features(current: Tensor, reference: Tensor) -> None:
-    if current.ndim != 4:
-        raise ValueError(f"current must be (N, C, H, W), got shape {tuple(current.shape)}")
-    if reference.shape != current.shape:
-        raise ValueError(
-            f"reference must have the shape of current, {tuple(current.shape)}, got {tuple(reference.shape)}"
-        )
-    if current.dtype not in _FEATURE_DTYPES:
-        raise TypeError(f"current must be float16, bfloat16, float32 or float64, got {current.dtype}")
-    if reference.dtype != current.dtype:
-        raise TypeError(f"reference must have the dtype of current, {current.dtype}, got {reference.dtype}")
-    if reference.device != current.device:
-        raise ValueError(f"reference must be on {current.device} as current is, got {reference.device}")
-
-
-def _check_geometry(current: Tensor, infinite_homography: Tensor, epipole: Tensor, depths: Tensor) -> None:
+def _check_tensors(
+    current: Tensor, reference: Tensor, infinite_homography: Tensor, epipole: Tensor, depths: Tensor
+) -> None:
+    check_dtype("current", current, FLOAT_DTYPES)
+    check_dims("current", current, "N, C, H, W")
+    check_same_dtype("reference", reference, "current", current)
+    check_shape("reference", reference, "N, C, H, W", current.shape)
+    check_same_device("reference", reference, "current", current)
+    geometry = {"infinite_homography": infinite_homography, "epipole": epipole, "depths": depths}
+    for name, tensor in geometry.items():
+        check_dtype(name, tensor, (torch.float32, torch.float64))
+        check_same_device(name, tensor, "current", current)
     cameras = current.shape[0]
-    if depths.ndim != 1:
-        raise ValueError(f"depths must be (D,), got shape {tuple(depths.shape)}")
-    if infinite_homography.shape != (cameras, 3, 3):
-        raise ValueError(
-            f"infinite_homography must be (N, 3, 3) with N={cameras} as current says, "
-            f"got shape {tuple(infinite_homography.shape)}"
-        )
-    if epipole.shape != (cameras, 3):
-        raise ValueError(
-            f"epipole must be (N, 3) with N={cameras} as current says, got shape {tuple(epipole.shape)}"
-        )
-    named = {"infinite_homography": infinite_homography, "epipole": epipole, "depths": depths}
-    for name, tensor in named.items():
-        if tensor.dtype not in _GEOMETRY_DTYPES:
-            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
-        if tensor.device != current.device:
-            raise ValueError(f"{name} must be on {current.device} as current is, got {tensor.device}")
+    check_shape("infinite_homography", infinite_homography, "N, 3, 3", (cameras, 3, 3))
+    check_shape("epipole", epipole, "N, 3", (cameras, 3))
+    check_dims("depths", depths, "D")
 
 
 def _check_options(channels: int, invalid_channel: int | None, invalid_by_position: bool) -> None:

@@ -1,0 +1,236 @@
+// CUDA version of plane_sweep.
+//
+// One warp sweeps the depths of one pixel; its lanes share the channels. The features of the pixel stay in registers,
+// and so do the four pixels of the reference map for as long as the next depth falls between the same four, which
+// most depths of a real rig do: beyond some metres one step in depth moves the position by less than a pixel.
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "plane_sweep.h"
+
+namespace mmdet3d::plane_sweep {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;    // warps of a block
+constexpr int kPixels = 32;  // pixels of a block, next to each other: they read overlapping parts of the reference map
+constexpr int kGroup = 8;    // depths whose sums are reduced together
+
+// What a lane reads in one access of 16 bytes.
+template <typename scalar_t>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(scalar_t);
+  scalar_t value[size];
+};
+
+// Channels that one lane holds at a time: 8, whatever the dtype. A warp holds 256.
+template <typename scalar_t>
+struct Held {
+  static constexpr int packs = 8 / Pack<scalar_t>::size;
+  Pack<scalar_t> pack[packs];
+
+  // `from` points at the first of `channels` channels; what lies beyond them reads as 0.
+  __device__ void load(const scalar_t* from, int64_t first, int64_t channels, int lane) {
+#pragma unroll
+    for (int p = 0; p < packs; ++p) {
+      const int64_t c = first + (p * kWarp + lane) * Pack<scalar_t>::size;
+      pack[p] = c < channels ? *reinterpret_cast<const Pack<scalar_t>*>(from + c) : Pack<scalar_t>{};
+    }
+  }
+
+  __device__ auto operator[](int i) const {
+    return static_cast<at::opmath_type<scalar_t>>(pack[i / Pack<scalar_t>::size].value[i % Pack<scalar_t>::size]);
+  }
+};
+
+template <typename scalar_t>
+struct Maps {
+  using acc_t = at::opmath_type<scalar_t>;
+  const scalar_t* __restrict__ current;    // (N, H, W, C)
+  const scalar_t* __restrict__ reference;  // (N, H + 2, W + 2, C)
+  const double* __restrict__ homography;   // (N, 3, 3)
+  const double* __restrict__ epipole;      // (N, 3)
+  const double* __restrict__ depths;       // (D,)
+  acc_t* __restrict__ cost;                // (N, D, H, W)
+  int64_t channels, num_depths, height, width;
+  Options options;
+};
+
+// Sums over the warp of eight values per lane: lane i returns the sum of value i % 8. Halving the values with the
+// lanes takes 9 exchanges, where eight separate sums would take 40.
+template <typename acc_t>
+__device__ acc_t sum_group(acc_t (&value)[kGroup], int lane) {
+#pragma unroll
+  for (int half = kGroup / 2; half > 0; half /= 2) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const acc_t give = upper ? value[i] : value[i + half];
+      const acc_t keep = upper ? value[i + half] : value[i];
+      value[i] = keep + __shfl_xor_sync(kAllLanes, give, half);
+    }
+  }
+#pragma unroll
+  for (int step = kGroup; step < kWarp; step *= 2) value[0] += __shfl_xor_sync(kAllLanes, value[0], step);
+  return value[0];
+}
+
+// Position of one depth; every lane has another one.
+template <typename acc_t>
+struct LanePosition {
+  int index;  // see Position
+  acc_t right, lower;
+};
+
+// This lane's share of the cost at one depth. `taps` holds the four pixels around `held_index`, and is renewed when
+// the position lies between others.
+template <typename scalar_t, typename acc_t>
+__device__ acc_t lane_cost(const Maps<scalar_t>& maps, const scalar_t* map, const Held<scalar_t>& features,
+                           acc_t outside, const LanePosition<acc_t>& at, int64_t first, int lane,
+                           Held<scalar_t> (&taps)[4], int& held_index) {
+  if (at.index < 0) return outside;
+  if (at.index != held_index) {
+    const scalar_t* upper = map + at.index * maps.channels;
+    const scalar_t* lower = upper + (maps.width + 2) * maps.channels;
+    taps[0].load(upper, first, maps.channels, lane);
+    taps[1].load(upper + maps.channels, first, maps.channels, lane);
+    taps[2].load(lower, first, maps.channels, lane);
+    taps[3].load(lower + maps.channels, first, maps.channels, lane);
+    held_index = at.index;
+  }
+  const acc_t left = 1 - at.right, top = 1 - at.lower;
+  const acc_t weight[4] = {left * top, at.right * top, left * at.lower, at.right * at.lower};
+  acc_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    acc_t rest = features[i];
+#pragma unroll
+    for (int tap = 0; tap < 4; ++tap) rest -= weight[tap] * taps[tap][i];
+    sum += ::fabs(rest);
+  }
+  return sum;
+}
+
+// Penalty of this lane's own depth.
+template <typename scalar_t, typename acc_t>
+__device__ acc_t lane_penalty(const Maps<scalar_t>& maps, const scalar_t* map, const LanePosition<acc_t>& at) {
+  const Options& options = maps.options;
+  if (options.invalid_channel < 0 && !options.invalid_by_position) return 0;
+  if (at.index < 0) return options.invalid_penalty;
+  if (options.invalid_by_position) return 0;
+  const scalar_t* upper = map + at.index * maps.channels + options.invalid_channel;
+  const scalar_t* lower = upper + (maps.width + 2) * maps.channels;
+  const acc_t left = 1 - at.right, top = 1 - at.lower;
+  const acc_t warped = left * top * static_cast<acc_t>(upper[0]) +
+                       at.right * top * static_cast<acc_t>(upper[maps.channels]) +
+                       left * at.lower * static_cast<acc_t>(lower[0]) +
+                       at.right * at.lower * static_cast<acc_t>(lower[maps.channels]);
+  return warped == 0 ? options.invalid_penalty : 0;
+}
+
+// Cost of one pixel at depth `first_depth + lane`, computed by the whole warp.
+template <typename scalar_t, typename acc_t>
+__device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t pixel, int64_t first_depth, int lane) {
+  const scalar_t* map = maps.reference + camera * (maps.height + 2) * (maps.width + 2) * maps.channels;
+  const scalar_t* here = maps.current + (camera * maps.height * maps.width + pixel) * maps.channels;
+  const int count = static_cast<int>(min(static_cast<int64_t>(kWarp), maps.num_depths - first_depth));
+  LanePosition<acc_t> own{-1, 0, 0};
+  if (lane < count) {
+    double at_infinity[3];
+    project_to_infinity(maps.homography + 9 * camera, pixel % maps.width, pixel / maps.width, at_infinity);
+    const Position at = locate(at_infinity, maps.epipole + 3 * camera, maps.depths[first_depth + lane], maps.height,
+                               maps.width, maps.options.min_depth);
+    own = {static_cast<int>(at.index), static_cast<acc_t>(at.right), static_cast<acc_t>(at.lower)};
+  }
+  acc_t total = lane_penalty<scalar_t, acc_t>(maps, map, own);
+  for (int64_t first = 0; first < maps.channels; first += 8 * kWarp) {
+    Held<scalar_t> features, taps[4];
+    features.load(here, first, maps.channels, lane);
+    acc_t outside = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) outside += ::fabs(features[i]);
+    int held_index = -1;
+    for (int group = 0; group * kGroup < count; ++group) {
+      acc_t share[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int from = group * kGroup + i;
+        const LanePosition<acc_t> at{__shfl_sync(kAllLanes, own.index, from), __shfl_sync(kAllLanes, own.right, from),
+                                     __shfl_sync(kAllLanes, own.lower, from)};
+        share[i] = lane_cost(maps, map, features, outside, at, first, lane, taps, held_index);
+      }
+      const acc_t sum = sum_group(share, lane);
+      if (lane / kGroup == group) total += sum;
+    }
+  }
+  return total;
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kWarp* kWarps) plane_sweep_kernel(const Maps<scalar_t> maps) {
+  using acc_t = at::opmath_type<scalar_t>;
+  static_assert(kPixels == kWarp, "a warp writes one depth of all pixels of the block");
+  __shared__ acc_t tile[kWarp][kPixels + 1];  // (depth, pixel); the extra column avoids bank conflicts
+  const int64_t num_pixels = maps.height * maps.width;
+  const int64_t blocks_per_camera = (num_pixels + kPixels - 1) / kPixels;
+  const int64_t camera = blockIdx.x / blocks_per_camera;
+  const int64_t first_pixel = blockIdx.x % blocks_per_camera * kPixels;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int64_t first_depth = 0; first_depth < maps.num_depths; first_depth += kWarp) {
+    for (int p = warp; p < kPixels && first_pixel + p < num_pixels; p += kWarps) {
+      tile[lane][p] = warp_cost<scalar_t, acc_t>(maps, camera, first_pixel + p, first_depth, lane);
+    }
+    __syncthreads();
+    for (int row = warp; row < kWarp && first_depth + row < maps.num_depths; row += kWarps) {
+      const int64_t depth = first_depth + row, pixel = first_pixel + lane;
+      if (pixel < num_pixels) maps.cost[(camera * maps.num_depths + depth) * num_pixels + pixel] = tile[row][lane];
+    }
+    __syncthreads();
+  }
+}
+
+at::Tensor plane_sweep_cuda(const at::Tensor& current, const at::Tensor& reference, const at::Tensor& homography,
+                            const at::Tensor& epipole, const at::Tensor& depths,
+                            std::optional<int64_t> invalid_channel, bool invalid_by_position, double invalid_penalty,
+                            double min_depth) {
+  const Options options = check_arguments(current, reference, homography, epipole, depths, invalid_channel,
+                                          invalid_by_position, invalid_penalty, min_depth);
+  const c10::cuda::CUDAGuard guard(current.device());
+  const int64_t cameras = current.size(0), height = current.size(2), width = current.size(3);
+  const at::ScalarType dtype = at::promote_types(current.scalar_type(), at::kFloat);
+  at::Tensor cost = at::empty({cameras, depths.size(0), height, width}, current.options().dtype(dtype));
+  if (cost.numel() == 0) return cost;
+  const int64_t blocks = cameras * ((height * width + kPixels - 1) / kPixels);
+  constexpr int64_t kLimit = std::numeric_limits<int>::max();
+  TORCH_CHECK((height + 2) * (width + 2) <= kLimit && blocks <= kLimit, "plane_sweep: ", height, " x ", width,
+              " pixels of ", cameras, " cameras are more than one launch can serve");
+  const at::Tensor matrices = homography.to(at::kDouble).contiguous();
+  const at::Tensor epipoles = epipole.to(at::kDouble).contiguous();
+  const at::Tensor distances = depths.to(at::kDouble).contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, current.scalar_type(), "plane_sweep_cuda", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    const at::Tensor now = channels_last(current, 0, Pack<scalar_t>::size, current.scalar_type());
+    const at::Tensor before = channels_last(reference, 1, Pack<scalar_t>::size, current.scalar_type());
+    const Maps<scalar_t> maps{
+        now.const_data_ptr<scalar_t>(),    before.const_data_ptr<scalar_t>(),  matrices.const_data_ptr<double>(),
+        epipoles.const_data_ptr<double>(), distances.const_data_ptr<double>(), cost.mutable_data_ptr<acc_t>(),
+        now.size(3), depths.size(0), height, width, options};
+    const auto stream = at::cuda::getCurrentCUDAStream();
+    plane_sweep_kernel<scalar_t><<<static_cast<unsigned>(blocks), kWarp * kWarps, 0, stream>>>(maps);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return cost;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmdet3d, CUDA, m) { m.impl("plane_sweep", &plane_sweep_cuda); }
+
+}  // namespace mmdet3d::plane_sweep
