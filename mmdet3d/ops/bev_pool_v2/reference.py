@@ -24,10 +24,9 @@ def voxel_of_point(cell_index: Tensor, num_cells: int) -> Tensor:
 
 def sort_by_cell_reference(cell_index: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     """Points in stable order of their voxel, and where each voxel's points start (see ``PoolOrder``)."""
-    voxel, points = torch.sort(voxel_of_point(cell_index, num_cells), stable=True)
-    voxels = torch.arange(cell_index.shape[0] * num_cells + 1, device=cell_index.device)
-    starts = torch.searchsorted(voxel, voxels)
-    return points.int(), starts.int()
+    voxel, points = torch.sort(voxel_of_point(cell_index, num_cells).int(), stable=True)
+    voxels = torch.arange(cell_index.shape[0] * num_cells + 1, dtype=torch.int32, device=cell_index.device)
+    return points.int(), torch.searchsorted(voxel, voxels, out_int32=True)
 
 
 def bev_pool_v2_reference(

@@ -12,8 +12,9 @@ struct Sizes {
   int64_t channels;
   int64_t cells;  // Z * Y * X
 
-  int64_t points() const { return batch * cameras * depths * pixels; }
-  int64_t voxels() const { return batch * cells; }
+  // constexpr, so that CUDA kernels may call them too.
+  constexpr int64_t points() const { return batch * cameras * depths * pixels; }
+  constexpr int64_t voxels() const { return batch * cells; }
 };
 
 // Checks dtypes, devices and shapes; the sizes.
@@ -30,10 +31,7 @@ int64_t check_grad(const at::Tensor& grad_volume, const at::Tensor& context);
 
 // Row of the context map, as (camera of the batch, pixel), that frustum point (camera of the batch, depth, pixel) sees.
 template <typename Index>
-#if defined(__CUDACC__)
-__host__ __device__
-#endif
-inline Index pixel_of_point(Index point, Index depths, Index pixels) {
+constexpr Index pixel_of_point(Index point, Index depths, Index pixels) {
   return point / (depths * pixels) * pixels + point % pixels;
 }
 

@@ -31,8 +31,9 @@ MMDET3D_INLINE bool find_taps(const Level& level, const T* location, Taps<T>& ta
   const auto left = static_cast<int64_t>(std::floor(x)), top = static_cast<int64_t>(std::floor(y));
   const T right_weight = x - left, left_weight = 1 - right_weight;
   const T bottom_weight = y - top, top_weight = 1 - bottom_weight;
-  const bool has_left = left >= 0, has_right = left + 1 < level.width;
-  const bool has_top = top >= 0, has_bottom = top + 1 < level.height;
+  // The upper bounds are tested on integers: a float cannot tell neighbouring sizes beyond 2^24 apart.
+  const bool has_left = left >= 0 && left < level.width, has_right = left + 1 < level.width;
+  const bool has_top = top >= 0 && top < level.height, has_bottom = top + 1 < level.height;
   const int64_t first = level.start + top * level.width + left;
   taps = {{has_top && has_left, has_top && has_right, has_bottom && has_left, has_bottom && has_right},
           {first, first + 1, first + level.width, first + level.width + 1},
