@@ -1,0 +1,126 @@
+"""One stage of voxel renovation: voxels to bird's-eye view, attention into the images, occupancy of the stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmcv.runner import BaseModule
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdet3d.registry import HEADS, build
+
+
+def upsample_logits(logits: Tensor) -> Tensor:
+    """Trilinear x2 of logits [B, X, Y, Z, K] -> [B, 2 X, 2 Y, 2 Z, K]."""
+    volume = F.interpolate(logits.permute(0, 4, 1, 2, 3), scale_factor=2, mode="trilinear", align_corners=False)
+    return volume.permute(0, 2, 3, 4, 1)
+
+
+def ego_shift(displacement: Tensor, yaw: Tensor, extent: tuple[float, float]) -> Tensor:
+    """Displacement of the bird's-eye view between two frames, in units of the map: [B, 2] (x, y), float32.
+
+    With L the length and b the bearing of the global displacement: x = L sin(yaw - b) / extent_x and
+    y = L cos(yaw - b) / extent_y, in degrees as in BEVFormer.
+
+    Args:
+        displacement: [B, 3] float64 ego motion since the previous frame in global axes, metres.
+        yaw: [B] float64 heading, radians.
+        extent: (x, y) size of the map in metres.
+    """
+    dx, dy = displacement[:, 0], displacement[:, 1]
+    length = torch.hypot(dx, dy)
+    degrees = yaw / math.pi * 180 - torch.atan2(dy, dx) / math.pi * 180
+    angle = degrees / 180 * math.pi
+    return torch.stack([length * angle.sin() / extent[0], length * angle.cos() / extent[1]], -1).float()
+
+
+@HEADS.register_module()
+class BEVFormerBackwardProjection(BaseModule):
+    """Backward projection of one stage.
+
+    Args:
+        transformer: Config of the transformer.
+        positional_encoding: Config of the positional encoding.
+        pc_range: Lower and upper bounds (x, y, z) in metres.
+        bev_h: Y of the stage.
+        bev_w: X of the stage.
+        use_can_bus: Must be False.
+        always_flip_previous: Rotate the previous map by 180 degrees in every frame, as the released weights expect (the
+            reference tests the product of two flips for being non-zero). False: undo the flip of the previous frame and
+            apply the current one.
+        stale_previous_at_start: At the first frame of a sequence, use the last map of the sequence before it in the
+            same batch slot, as the reference does. False: start with the current map.
+        invert_bda: The reference multiplies anchors by the BEV augmentation where its inverse is meant (equal for
+            flips). True: use the inverse.
+    """
+
+    ignored_config_keys = frozenset({
+        "in_channels", "out_channels", "bev_z", "can_bus_norm"})
+
+    def __init__(self, transformer: Mapping, positional_encoding: Mapping,
+                 pc_range: Sequence[float] = (-40, -40, -1, 40, 40, 5.4), bev_h: int = 100, bev_w: int = 100,
+                 use_can_bus: bool = False,
+                 always_flip_previous: bool = True, stale_previous_at_start: bool = True, invert_bda: bool = False,
+                 init_cfg: Mapping | None = None) -> None:
+        super().__init__(init_cfg)
+        if use_can_bus:
+            raise ValueError("use_can_bus=True is not supported; the published models set it to False")
+        self.bev_size = (bev_h, bev_w)
+        self.extent = (pc_range[3] - pc_range[0], pc_range[4] - pc_range[1])
+        self.always_flip_previous = always_flip_previous
+        self.stale_previous_at_start = stale_previous_at_start
+        self.invert_bda = invert_bda
+        self.positional_encoding = build(positional_encoding, "positional_encoding")
+        self.transformer = build(transformer, "transformer")
+        if self.transformer.encoder.bev_size != self.bev_size:
+            raise ValueError(f"bev_h, bev_w = {self.bev_size} must be the (Y, X) of the encoder's grid_config, "
+                             f"{self.transformer.encoder.bev_size}")
+
+    def forward(self, volume: Tensor, context: Tensor, depth: Tensor, coarse_logits: Tensor | None,
+                previous_volume: Tensor | None, previous_bda: Tensor | None, bda: Tensor, starts: Tensor,
+                displacement: Tensor, yaw: Tensor, image_from_ego: Tensor) -> tuple[Tensor, Tensor]:
+        """Refine the bird's-eye view of a volume and predict its occupancy.
+
+        Args:
+            volume: [B, C, Z, Y, X] voxel features of the stage.
+            context: [B, N, C, h, w] image features.
+            depth: [B, N, D, h, w] depth probability.
+            coarse_logits: [B, X / 2, Y / 2, Z / 2, K] logits of the coarser stage, or None.
+            previous_volume: [B, C, Z, Y, X] volume that this stage produced at the previous frame, or None.
+            previous_bda: [B, 4, 4] BEV augmentation of that frame, or None.
+            bda: [B, 4, 4] BEV augmentation.
+            starts: [B] bool, whether a sequence starts.
+            displacement: [B, 3] float64 ego motion since the previous frame in global axes, metres; 0 at starts.
+            yaw: [B] float64 heading in radians.
+            image_from_ego: [B, N, 4, 4] ego to augmented pixels times depth.
+
+        Returns:
+            BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
+        """
+        query = volume.mean(2).flatten(2).transpose(1, 2)
+        previous = None
+        if previous_volume is not None:
+            previous = self._previous_map(previous_volume, previous_bda, bda)
+            if not self.stale_previous_at_start:
+                previous = torch.where(starts[:, None, None], query.detach(), previous)
+        ego_from_augmented = torch.linalg.inv(bda) if self.invert_bda else bda
+        query, logits = self.transformer(
+            context, query=query, query_pos=self.positional_encoding(bda), depth=depth,
+            image_from_ego=image_from_ego @ ego_from_augmented[:, None],
+            coarse_logits=None if coarse_logits is None else upsample_logits(coarse_logits),
+            previous=previous, shift=ego_shift(displacement, yaw, self.extent).to(query.device))
+        return query.transpose(1, 2).unflatten(2, self.bev_size), logits
+
+    def _previous_map(self, volume: Tensor, previous_bda: Tensor, bda: Tensor) -> Tensor:
+        """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation."""
+        bev = volume.mean(2)
+        if self.always_flip_previous:
+            bev = bev.flip(2, 3)
+        else:
+            flip = (previous_bda * bda)[:, [0, 1], [0, 1]] < 0  # [B, (x, y)]
+            bev = torch.where(flip[:, 0, None, None, None], bev.flip(3), bev)
+            bev = torch.where(flip[:, 1, None, None, None], bev.flip(2), bev)
+        return bev.flatten(2).transpose(1, 2)

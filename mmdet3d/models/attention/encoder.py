@@ -1,0 +1,121 @@
+"""The BEV encoder of one stage: occupancy prediction and attention, layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmcv.runner import BaseModule
+from torch import Tensor, nn
+
+from mmdet3d.models.attention.camera_anchors import CameraAnchors, anchor_points, project_anchors
+from mmdet3d.models.attention.encoder_layer import BEVContext
+from mmdet3d.models.attention.occupancy_predictor import OccupancyPredictor, query_visibility
+from mmdet3d.registry import TRANSFORMER_LAYER_SEQUENCE, build
+from mmdet3d.structures import VoxelGrid
+
+RECURRENCE_WEIGHT = 0.5
+
+
+@TRANSFORMER_LAYER_SEQUENCE.register_module()
+class BEVFormerEncoder(BaseModule):
+    """Layers that predict the occupancy above each BEV query and let it steer their attention.
+
+    Args:
+        transformerlayers: Config of a layer; every layer gets its own copy.
+        num_layers: Layers.
+        pc_range: Lower and upper bounds (x, y, z) in metres.
+        grid_config: Voxel grid of the stage.
+        data_config: ``input_size`` (H, W) of the network image.
+        num_cam: Cameras N.
+        predictor_in_channels: Channels of the occupancy predictor's input.
+        predictor_out_channels: Half its hidden channels.
+        predictor_num_calsses: Classes K (the spelling is the config files').
+        first_stage: Whether this is the coarsest stage, which has no earlier logits.
+        use_temporal: Must be True.
+        legacy_axis_swap: See :func:`project_anchors`.
+        legacy_anchor_heights: See :func:`anchor_points`.
+        trainable_recurrence: The weight of the previous logits is the constant 0.5, as in the released weights. True:
+            one learned weight per layer that has previous logits (adds ``recurrence_weights`` to the state dict).
+        refresh_value_queue: With a history, the current map in the temporal queue is the stage's input for every layer,
+            as the released weights expect. True: each layer's own input.
+    """
+
+    ignored_config_keys = frozenset({"return_intermediate", "group_list", "num_points_in_pillar"})
+
+    def __init__(self, transformerlayers: Mapping, num_layers: int, pc_range: Sequence[float], grid_config: Mapping,
+                 data_config: Mapping, num_cam: int = 6, predictor_in_channels: int = 96, predictor_out_channels: int = 96,
+                 predictor_num_calsses: int = 18, first_stage: bool = False, use_temporal: bool = True,
+                 legacy_axis_swap: bool = True, legacy_anchor_heights: bool = True, trainable_recurrence: bool = False,
+                 refresh_value_queue: bool = False, init_cfg: Mapping | None = None) -> None:
+        super().__init__(init_cfg)
+        if not use_temporal:
+            raise ValueError("use_temporal=False is not supported")
+        self.grid = VoxelGrid.from_config(grid_config)
+        self.image_size = tuple(data_config["input_size"])
+        self.num_cams = num_cam
+        self.legacy_axis_swap = legacy_axis_swap
+        self.refresh_value_queue = refresh_value_queue
+        self.layers = nn.ModuleList(build(transformerlayers, f"transformerlayers[{i}]") for i in range(num_layers))
+        num_z, *bev_size = self.grid.size_zyx
+        self.bev_size = tuple(bev_size)
+        self.occ_predictor = OccupancyPredictor(predictor_in_channels, predictor_out_channels, num_z, predictor_num_calsses)
+        self.recurrences = num_layers - int(first_stage)
+        if trainable_recurrence:
+            self.recurrence_weights = nn.Parameter(torch.full((self.recurrences,), RECURRENCE_WEIGHT))
+        self.trainable_recurrence = trainable_recurrence
+        points = anchor_points(self.bev_size, num_z, pc_range, legacy_heights=legacy_anchor_heights)
+        self.register_buffer("anchors", points, persistent=False)
+        self.register_buffer("reference_points", _cell_centres(self.bev_size), persistent=False)
+
+    def forward(self, query: Tensor, query_pos: Tensor, tokens: Tensor, depth: Tensor, image_from_ego: Tensor,
+                coarse_logits: Tensor | None, previous: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Refine the queries and predict the stage's occupancy.
+
+        Args:
+            query: [B, Q, C], Q = Y * X with index y * X + x.
+            query_pos: [B, Q, C] positional encoding.
+            tokens: [N, B, h * w, C] image features.
+            depth: [B, N, D, h, w] depth probability.
+            image_from_ego: [B, N, 4, 4] augmented ego to augmented pixels times depth.
+            coarse_logits: [B, X, Y, Z, K] up-sampled logits of the coarser stage, or None.
+            previous: [B, Q, C] map of the previous frame, or None.
+            shift: [B, 2] (x, y) displacement of the previous map, in units of the map.
+
+        Returns:
+            Refined queries [B, Q, C], and the logits [B, X, Y, Z, K] that the last layer's predictor gave, before that
+            layer's attention.
+        """
+        anchors = project_anchors(self.anchors, image_from_ego, self.image_size, legacy_axis_swap=self.legacy_axis_swap)
+        context = BEVContext(self.bev_size, query_pos, tokens, depth, CameraAnchors(*anchors))
+        reference_points = self._queue_references(query.shape[0], shift if previous is not None else None)
+        current, logits = query, coarse_logits
+        for index, layer in enumerate(self.layers):
+            logits = self._predict(query, logits, index)
+            if previous is None or self.refresh_value_queue:
+                current = query
+            values = torch.stack([current if previous is None else previous, current], 1).flatten(0, 1)
+            query = layer(query, query_visibility(logits), values, reference_points, context)
+        return query, logits
+
+    def _predict(self, query: Tensor, previous_logits: Tensor | None, layer: int) -> Tensor:
+        logits = self.occ_predictor(query.transpose(1, 2).unflatten(2, self.bev_size))
+        if previous_logits is None:
+            return logits
+        weight = RECURRENCE_WEIGHT
+        if self.trainable_recurrence:
+            weight = self.recurrence_weights[layer - (len(self.layers) - self.recurrences)]
+        return logits + weight * previous_logits
+
+    def _queue_references(self, batch: int, shift: Tensor | None) -> Tensor:
+        """[2 B, Q, 2]: positions in the previous map (displaced by ``shift``) and in the current one."""
+        current = self.reference_points.expand(batch, -1, -1)
+        previous = current if shift is None else current + shift[:, None]
+        return torch.stack([previous, current], 1).flatten(0, 1)
+
+
+def _cell_centres(bev_size: tuple[int, int]) -> Tensor:
+    """[Y * X, 2] normalised (x, y) of the cells."""
+    height, width = bev_size
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    return torch.stack([x, y], -1).flatten(0, 1)

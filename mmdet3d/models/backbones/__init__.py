@@ -1,0 +1,5 @@
+"""Backbones."""
+
+from .resnet3d import BasicBlock3D, CustomResNet3D
+
+__all__ = ["BasicBlock3D", "CustomResNet3D"]

@@ -1,0 +1,5 @@
+"""Detectors."""
+
+from .stcocc import Prediction, STCOcc
+
+__all__ = ["Prediction", "STCOcc"]

@@ -1,0 +1,59 @@
+"""The configs of the coarser stages, derived from the finest one's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from mmdet3d.registry import ConfigError
+
+
+def stage_configs(finest: Mapping, num_stage: int, num_layers: Sequence[int]) -> list[dict]:
+    """Backward-projection configs of all stages, finest first; ``finest`` stays as it is.
+
+    From a stage to the next coarser one all sizes halve (BEV size, attention points, positional embeddings), and the
+    voxel edges double.
+
+    Args:
+        finest: Config of the finest stage.
+        num_stage: Number of stages S.
+        num_layers: Transformer layers per stage, coarsest first.
+
+    Raises:
+        ConfigError: ``num_layers`` has not S entries, or a size cannot be halved.
+    """
+    if len(num_layers) != num_stage:
+        raise ConfigError(f"backward_num_layer={list(num_layers)} must have num_stage={num_stage} entries, coarsest first")
+    stages = [copy.deepcopy(dict(finest))]
+    for _ in range(num_stage - 1):
+        stages.append(_coarser(stages[-1]))
+    for stage, layers in zip(stages, reversed(num_layers), strict=True):
+        stage["transformer"]["encoder"]["num_layers"] = layers
+    stages[-1]["transformer"]["encoder"]["first_stage"] = True
+    return stages
+
+
+def _coarser(stage: Mapping) -> dict:
+    coarse = copy.deepcopy(stage)
+    encoder = coarse["transformer"]["encoder"]
+    for key in ("bev_h", "bev_w", "bev_z"):
+        _halve(coarse, key)
+    for key in ("row_num_embed", "col_num_embed"):
+        _halve(coarse["positional_encoding"], key)
+    temporal, spatial = encoder["transformerlayers"]["attn_cfgs"]
+    for attention in (temporal, spatial["deformable_attention"]):
+        for key in ("num_points", "num_Z_anchors"):
+            _halve(attention, key)
+    grid = encoder["grid_config"]
+    for axis in "xyz":
+        low, high, cell = grid[axis]
+        grid[axis] = [low, high, 2 * cell]
+    return coarse
+
+
+def _halve(config: dict, key: str) -> None:
+    if key not in config:
+        return
+    if config[key] % 2:
+        raise ConfigError(f"backward_projection: {key}={config[key]} cannot be halved for the next coarser stage")
+    config[key] //= 2

@@ -1,0 +1,296 @@
+"""STCOcc: sparse spatial-temporal cascade renovation for 3D occupancy and scene flow prediction.
+
+Liao et al., CVPR 2025, arXiv 2504.19749.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdet3d.models.attention.occupancy_predictor import occupied_probability
+from mmdet3d.models.detectors.base import BaseDetector
+from mmdet3d.models.detectors.frame_meta import FrameMeta
+from mmdet3d.models.detectors.stage_configs import stage_configs
+from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
+from mmdet3d.models.view_transforms import ForwardFeatures
+from mmdet3d.registry import DETECTORS, ConfigError, build
+from mmdet3d.structures import TemporalMemory
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Everything a forward pass yields.
+
+    Attributes:
+        semantic_logits: [B, X, Y, Z, K] at full resolution.
+        flow: [B, X, Y, Z, 2] m/s before background voxels are zeroed; None without a flow head.
+        stage_logits: Finest stage first, each [B, X_s, Y_s, Z_s, K].
+        volume: [B, C, Z, Y, X] fused volume of the finest stage, the heads' input.
+        memory: What to hand to the next frame.
+    """
+
+    semantic_logits: Tensor
+    flow: Tensor | None
+    stage_logits: tuple[Tensor, ...]
+    volume: Tensor
+    memory: TemporalMemory | None
+
+
+@DETECTORS.register_module()
+class STCOcc(BaseDetector):
+    """Six cameras in, semantic occupancy and flow out.
+
+    Args:
+        forward_projection: Config of the coarse encoder.
+        backward_projection: Config of the finest stage's backward projection; the coarser ones are derived.
+        occupancy_head: Config of the occupancy head.
+        temporal_fusion: Config of the temporal fusion, shared by the stages but for the sizes; None for no memory.
+        flow_head: Config of the flow head, or None.
+        num_stage: Stages S.
+        backward_num_layer: Transformer layers per stage, coarsest first.
+        history_frame_num: History slots per stage, finest first.
+        train_top_k: Foreground voxels per stage, finest first.
+        val_top_k: Foreground voxels in evaluation; the reference never reads them when ``train_top_k`` is set.
+        train_top_k_in_eval: Use ``train_top_k`` in evaluation too, as the reference does. False: ``val_top_k``.
+        intermediate_pred_loss_weight: Loss weights of the S + 1 scales, full resolution first.
+        class_weights: K weights of the focal loss.
+        empty_idx: Index of the class "free".
+        foreground_idx: Classes with flow.
+        flow_loss_weight: Weight of the flow loss.
+        save_results: Accepted for the published configs; results are written by the test tool.
+    """
+
+    ignored_config_keys = frozenset({
+        "use_ms_feats", "class_weights_group", "background_idx", "train_flow", "bev_w", "bev_h", "bev_z", "use_grid_mask",
+        "pts_voxel_layer", "pts_bbox_head", "pts_backbone"})
+
+    def __init__(self, forward_projection: Mapping, backward_projection: Mapping, occupancy_head: Mapping,
+                 temporal_fusion: Mapping | None = None, flow_head: Mapping | None = None, num_stage: int = 2,
+                 backward_num_layer: Sequence[int] = (1, 2), history_frame_num: Sequence[int] | None = None,
+                 train_top_k: Sequence[int] | None = None, val_top_k: Sequence[int] | None = None,
+                 train_top_k_in_eval: bool = True, intermediate_pred_loss_weight: Sequence[float] = (0.5, 0.25),
+                 class_weights: Sequence[float] | None = None, empty_idx: int = 17,
+                 foreground_idx: Sequence[int] | None = None, flow_loss_weight: float = 0.8, save_results: bool = False,
+                 pretrained: Any = None, train_cfg: Any = None, test_cfg: Any = None, init_cfg: Any = None) -> None:
+        super().__init__(init_cfg)
+        if pretrained is not None:
+            raise ConfigError("model.pretrained is not supported; set load_from in the config")
+        self.num_stage = num_stage
+        self.train_cfg, self.test_cfg, self.save_results = train_cfg, test_cfg, save_results
+        self.forward_projection = build(forward_projection, "forward_projection")
+        stages = stage_configs(backward_projection, num_stage, backward_num_layer)
+        self.backward_projection_list = nn.ModuleList(
+            build(cfg, f"backward_projection (stage {s})") for s, cfg in enumerate(stages))
+        self._build_fusion(temporal_fusion, history_frame_num, train_top_k, val_top_k, train_top_k_in_eval)
+        self.occupancy_head = build(occupancy_head, "occupancy_head")
+        self.flow_head = None if flow_head is None else build(flow_head, "flow_head")
+        finest = self.forward_projection.img_view_transformer.grid
+        self.grids = tuple(finest.coarsen(2**s) for s in range(num_stage))
+        self._check_grids()
+        size_x, size_y, _ = finest.size_xyz
+        self.voxel_losses = VoxelLosses(bev_h=2 * size_y, bev_w=2 * size_x, empty_index=empty_idx,
+                                        class_weights=class_weights, scale_weights=intermediate_pred_loss_weight)
+        self.foreground_idx = tuple(foreground_idx or ())
+        self.flow_loss_weight = flow_loss_weight
+        self.memory: TemporalMemory | None = None
+
+    def _build_fusion(self, config: Mapping | None, frames: Sequence[int] | None, train_top_k: Sequence[int] | None,
+                      val_top_k: Sequence[int] | None, train_top_k_in_eval: bool) -> None:
+        self.top_k = {True: train_top_k or val_top_k, False: train_top_k if train_top_k_in_eval else val_top_k}
+        self.top_k[False] = self.top_k[False] or self.top_k[True]
+        self.temporal_fusion_list = nn.ModuleList()
+        if config is None:
+            return
+        for name, values in (("history_frame_num", frames), ("train_top_k or val_top_k", self.top_k[True])):
+            if values is None or len(values) != self.num_stage:
+                raise ConfigError(f"model.{name} must have one entry per stage ({self.num_stage}), got {values}")
+        for s in range(self.num_stage):
+            cfg = {**config, "history_num": frames[s], "top_k": self.top_k[True][s]}
+            self.temporal_fusion_list.append(build(cfg, f"temporal_fusion (stage {s})"))
+
+    def _check_grids(self) -> None:
+        for s, (grid, stage) in enumerate(zip(self.grids, self.backward_projection_list, strict=True)):
+            encoder_grid = stage.transformer.encoder.grid
+            if encoder_grid != grid:
+                raise ConfigError(f"backward_projection: the encoder's grid_config of stage {s} is {encoder_grid}, but the "
+                                  f"view transformer's grid_config gives {grid}")
+
+    # ---- forward passes -------------------------------------------------------------------------------------------
+
+    def run(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None = None
+            ) -> tuple[Prediction, ForwardFeatures]:
+        """The whole network on one frame: prediction, and the features of the coarse encoder.
+
+        Args:
+            img_inputs: Images [B, N * 3, 3, H, W] camera-major; sensor2ego, ego2global, intrinsics, post_aug
+                [B, 3 * N, 4, 4] frame-major; bda [B, 4, 4].
+            img_metas: B dicts, see :class:`FrameMeta`.
+            memory: What the previous frame returned; None at first.
+        """
+        features = self.forward_projection(tuple(img_inputs))
+        meta = FrameMeta.from_metas(img_metas, img_inputs[0].device)
+        return self.cascade(features, meta, img_inputs[5], memory), features
+
+    def cascade(self, features: ForwardFeatures, meta: FrameMeta, bda: Tensor, memory: TemporalMemory | None
+                ) -> Prediction:
+        """Stages and heads, coarse to fine.
+
+        Args:
+            features: Volumes, depth [B * N, D, h, w] and context [B * N, C, h, w] of the coarse encoder.
+            meta: Meta data of the batch.
+            bda: [B, 4, 4] BEV augmentation.
+            memory: What the previous frame returned; None at first.
+
+        Raises:
+            ValueError: ``memory`` belongs to another batch size, or a sequence goes on that it does not follow.
+        """
+        _check_memory(memory, meta)
+        batch = bda.shape[0]
+        context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
+        displacement = _ego_displacement(memory, meta)
+        starts = torch.tensor(meta.starts, device=bda.device)
+        logits, coarser, stage_logits, histories = None, None, [], []
+        for s in reversed(range(self.num_stage)):
+            volume = features.volumes[s] if coarser is None else features.volumes[s] + _upsample(coarser)
+            previous = memory.newest_volume(s) if memory is not None else None
+            bev, stage = self.backward_projection_list[s](
+                volume, context, depth, logits, previous, None if memory is None else memory.bda, bda, starts,
+                displacement, meta.yaw, meta.image_from_ego)
+            logits = stage.detach()
+            occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
+            volume = volume + bev[:, :, None] * occupied[:, None]
+            if self.temporal_fusion_list:
+                volume, history = self._fuse(s, volume, logits, occupied, meta, bda, memory)
+                histories.append(history)
+            stage_logits.append(stage)
+            coarser = volume
+        semantic_logits = self.occupancy_head(volume, logits)
+        flow = None if self.flow_head is None else self.flow_head(volume, semantic_logits)
+        return Prediction(semantic_logits, flow, tuple(reversed(stage_logits)), volume,
+                          self._remember(histories[::-1], meta, bda))
+
+    def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, meta: FrameMeta, bda: Tensor,
+              memory: TemporalMemory | None) -> tuple[Tensor, Tensor]:
+        return self.temporal_fusion_list[s](
+            volume, logits, occupied, None if memory is None else memory.histories[s], self.grids[s], meta.starts, bda,
+            None if memory is None else memory.bda, meta.previous_ego_from_ego, top_k=self.top_k[self.training][s])
+
+    def _remember(self, histories: list[Tensor], meta: FrameMeta, bda: Tensor) -> TemporalMemory | None:
+        if not histories:
+            return None
+        return TemporalMemory(
+            histories=tuple(histories), sizes=tuple(grid.size_zyx for grid in self.grids),
+            channels=self.temporal_fusion_list[0].channels, bda=bda.detach(),
+            sequence_ids=torch.tensor(meta.sequence_ids), ego_translation=meta.ego_translation)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def forward_train(self, img_metas: Sequence[Mapping], img_inputs: Sequence[Tensor], gt_depth: Tensor,
+                      voxel_semantics: Tensor, voxel_flows: Tensor | None = None, **targets: Any) -> dict[str, Tensor]:
+        """Losses of a batch; continues from, and replaces, ``self.memory``.
+
+        Args:
+            img_metas: B dicts, see :class:`FrameMeta`.
+            img_inputs: The six input tensors, see :meth:`run`.
+            gt_depth: [B, N, H, W] depth of lidar points in metres, 0 where there is none.
+            voxel_semantics: [B, X, Y, Z] class of each voxel, 255 to ignore.
+            voxel_flows: [B, X, Y, Z, 2] m/s; needed with a flow head.
+            **targets: ``voxel_semantics_1_2``, ``_1_4``, ... of the coarser scales, one per stage. Points, boxes and
+                labels may be there and are ignored.
+
+        Raises:
+            ValueError: a target is missing.
+        """
+        scales = [2 ** (s + 1) for s in range(self.num_stage)]
+        names = [f"voxel_semantics_1_{scale}" for scale in scales]
+        if missing := [name for name in names if targets.get(name) is None]:
+            raise ValueError(f"forward_train needs {missing}; got {sorted(targets)}")
+        if self.flow_head is not None and voxel_flows is None:
+            raise ValueError("forward_train needs voxel_flows, because the model has a flow head")
+        prediction, features = self.run(img_inputs, img_metas, self.memory)
+        self.memory = prediction.memory
+        transform = self.forward_projection.img_view_transformer
+        losses = {"loss_depth": depth_loss(features.depth, gt_depth, transform.downsample, transform.depth_range,
+                                           transform.loss_depth_weight)}
+        losses.update(self.voxel_losses([prediction.semantic_logits, *prediction.stage_logits],
+                                        [voxel_semantics, *(targets[name] for name in names)]))
+        if prediction.flow is not None:
+            losses["loss_flow"] = flow_loss(prediction.flow, voxel_flows, voxel_semantics, self.foreground_idx,
+                                            self.flow_loss_weight)
+        return losses
+
+    # ---- inference ------------------------------------------------------------------------------------------------
+
+    def predict(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None = None
+                ) -> tuple[dict[str, Any], TemporalMemory | None]:
+        """Occupancy and flow of one frame, and the memory for the next one. Does not touch ``self.memory``.
+
+        Returns:
+            ``occ_results`` uint8 [B, X, Y, Z] class of each voxel; ``flow_results`` float16 [B, X, Y, Z, 2] m/s where
+            the class moves, 0 elsewhere; ``index`` list of B indices. Arrays are NumPy.
+        """
+        prediction, _ = self.run(img_inputs, img_metas, memory)
+        return self.results(prediction, img_metas), prediction.memory
+
+    def results(self, prediction: Prediction, img_metas: Sequence[Mapping]) -> dict[str, Any]:
+        """The result dict of :meth:`predict` for a prediction."""
+        semantics = prediction.semantic_logits.softmax(-1).argmax(-1)
+        if prediction.flow is None:
+            flow = prediction.semantic_logits.new_zeros((*semantics.shape, 2))
+        else:
+            flow = prediction.flow * self.flow_head.foreground(semantics)[..., None]
+        return {"occ_results": semantics.to(torch.uint8).cpu().numpy(), "flow_results": flow.half().cpu().numpy(),
+                "index": [meta.get("index") for meta in img_metas]}
+
+    def forward_test(self, img_metas: Sequence, img_inputs: Sequence, points: Any = None, **ignored: Any
+                     ) -> list[dict[str, Any]]:
+        """As the test loop calls it: ``img_metas`` and ``img_inputs`` wrapped in a list with one augmentation.
+
+        Raises:
+            ValueError: there is more than one test-time augmentation.
+        """
+        if len(img_metas) != 1 or len(img_inputs) != 1:
+            raise ValueError(f"exactly one test-time augmentation is supported, got {len(img_metas)} img_metas and "
+                             f"{len(img_inputs)} img_inputs")
+        return self.simple_test(img_metas[0], img_inputs[0])
+
+    def simple_test(self, img_metas: Sequence[Mapping], img_inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Result of a batch as a list with one dict; continues from, and replaces, ``self.memory``."""
+        result, self.memory = self.predict(img_inputs, img_metas, self.memory)
+        return [result]
+
+    def reset_memory(self) -> None:
+        """Forget the past, for example before another batch size."""
+        self.memory = None
+
+
+def _upsample(volume: Tensor) -> Tensor:
+    """Trilinear x2 of [B, C, Z, Y, X]."""
+    return F.interpolate(volume, scale_factor=2, mode="trilinear", align_corners=False)
+
+
+def _check_memory(memory: TemporalMemory | None, meta: FrameMeta) -> None:
+    if memory is None:
+        return
+    if memory.batch_size != len(meta.starts):
+        raise ValueError(f"the memory holds {memory.batch_size} batch slots, but the batch has {len(meta.starts)} samples; "
+                         "call reset_memory() before changing the batch size")
+    for slot, (start, known, new) in enumerate(
+            zip(meta.starts, memory.sequence_ids.tolist(), meta.sequence_ids, strict=True)):
+        if not start and known != new:
+            raise ValueError(f"batch slot {slot} continues sequence {new} (start_of_sequence is False), but the memory "
+                             f"follows sequence {known}; frames of a sequence must come in order, or call reset_memory()")
+
+
+def _ego_displacement(memory: TemporalMemory | None, meta: FrameMeta) -> Tensor:
+    """[B, 3] float64 global motion since the previous frame, 0 where a sequence starts or nothing is known."""
+    if memory is None:
+        return torch.zeros_like(meta.ego_translation)
+    moved = meta.ego_translation - memory.ego_translation
+    return torch.where(torch.tensor(meta.starts)[:, None], 0, moved)

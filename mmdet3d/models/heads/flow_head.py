@@ -1,0 +1,59 @@
+"""Flow head: velocity of every voxel, guided by its class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmcv.runner import BaseModule
+from torch import Tensor, nn
+
+from mmdet3d.models.backbones.resnet3d import BasicBlock3D
+from mmdet3d.models.heads.occupancy_head import full_resolution_features
+from mmdet3d.registry import HEADS
+
+
+@HEADS.register_module()
+class OccFlowHead(BaseModule):
+    """Velocity (vx, vy) in m/s along the grid's x and y axes.
+
+    The class guidance is a Gumbel softmax of the occupancy logits, in evaluation too, as the published models do: the
+    flow is random unless torch's generator is seeded.
+
+    Args:
+        num_classes: Classes K.
+        foreground_idx: Classes that move.
+        in_channels: Channels C of the fused volume.
+        out_channels: Twice the hidden channels.
+        up_sample: Must be True.
+        gumbel_in_eval: Draw the Gumbel noise in evaluation too. False: a plain softmax there.
+    """
+
+    ignored_config_keys = frozenset({"bev_h", "bev_w", "bev_z", "grid_length_h", "grid_length_w"})
+
+    def __init__(self, num_classes: int, foreground_idx: Sequence[int], in_channels: int = 96, out_channels: int = 96,
+                 up_sample: bool = True, gumbel_in_eval: bool = True, init_cfg: Mapping | None = None) -> None:
+        super().__init__(init_cfg)
+        if not up_sample:
+            raise ValueError("up_sample must be True")
+        self.gumbel_in_eval = gumbel_in_eval
+        hidden = out_channels // 2
+        self.semantic_guidance = nn.Sequential(nn.Linear(num_classes, hidden), nn.Softplus(), nn.Linear(hidden, hidden))
+        self.voxel_conv = BasicBlock3D(in_channels, in_channels)
+        self.predicter = nn.Sequential(nn.Linear(in_channels + hidden, hidden), nn.Softplus(), nn.Linear(hidden, 2))
+        moving = torch.zeros(num_classes, dtype=torch.bool)
+        moving[list(foreground_idx)] = True
+        self.register_buffer("moving_classes", moving, persistent=False)
+
+    def forward(self, volume: Tensor, semantic_logits: Tensor) -> Tensor:
+        """[B, C, Z, Y, X] and logits [B, 2 X, 2 Y, 2 Z, K] -> flow [B, 2 X, 2 Y, 2 Z, 2]."""
+        if self.training or self.gumbel_in_eval:
+            classes = nn.functional.gumbel_softmax(semantic_logits, tau=1, hard=False, dim=-1)
+        else:
+            classes = semantic_logits.softmax(-1)
+        features = full_resolution_features(self.voxel_conv(volume))
+        return self.predicter(torch.cat([features, self.semantic_guidance(classes)], -1))
+
+    def foreground(self, semantics: Tensor) -> Tensor:
+        """Whether each voxel's class [...] (integer) is one that moves."""
+        return self.moving_classes[semantics.long()]

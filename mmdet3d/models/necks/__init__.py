@@ -1,0 +1,5 @@
+"""Necks."""
+
+from .custom_fpn import CustomFPN
+
+__all__ = ["CustomFPN"]

@@ -1,0 +1,5 @@
+"""Temporal fusion."""
+
+from .sparse_fusion import SparseFusion
+
+__all__ = ["SparseFusion"]

@@ -1,0 +1,40 @@
+"""Stereo matching between two frames of the same camera (BEVStereo, Li et al. arXiv 2209.10248)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmdet3d.models.view_transforms.geometry import CameraFrame, stereo_homography
+from mmdet3d.ops import plane_sweep
+
+#: The invalid test looks at the first channel of the last group of this many channels (see ``stereo_cost_volume``).
+CHANNEL_GROUP = 4
+
+
+@torch.no_grad()
+def stereo_cost_volume(current: Tensor, older: Tensor, camera: CameraFrame, depths: Tensor, *,
+                       image_size: tuple[int, int], invalid_penalty: float, one_channel_invalid_test: bool = True) -> Tensor:
+    """Probability of each depth by plane sweep: softmax over depth of the negated absolute feature difference.
+
+    No gradient flows through the volume; the network that reads it is trained.
+
+    Args:
+        current: [M, C, H4, W4] stereo features of the frame, M = B * N.
+        older: [M, C, H4, W4] those of the frame before.
+        camera: Cameras of the frame.
+        depths: [D] metres.
+        image_size: (H, W) of the network image.
+        invalid_penalty: Added to the cost where the older image has no value.
+        one_channel_invalid_test: "No value" is when one channel, C - 4, of the warped feature is exactly zero, as the
+            released weights expect: this also fires where a feature after ReLU is zero. False: when the point lies
+            behind the older camera or outside its map.
+
+    Returns:
+        [M, D, H4, W4], sums to one over D.
+    """
+    infinite, epipole = stereo_homography(camera, image_size, current.shape[-2:])
+    validity = ({"invalid_channel": current.shape[1] - CHANNEL_GROUP} if one_channel_invalid_test
+                else {"invalid_channel": None, "invalid_by_position": True})
+    cost = plane_sweep(current, older, infinite, epipole, depths, invalid_penalty=invalid_penalty, **validity)
+    return (-cost).softmax(1)

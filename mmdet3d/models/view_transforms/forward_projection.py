@@ -1,0 +1,121 @@
+"""Images to multi-scale voxel features: the coarse encoder of STCOcc (BEVDet-4D-Stereo, arXiv 2203.17054)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from mmcv.runner import BaseModule
+from torch import Tensor, nn
+
+from mmdet3d.models.view_transforms.geometry import CameraFrame, split_frames
+from mmdet3d.registry import NECKS, build
+
+
+class ForwardFeatures(NamedTuple):
+    """What the forward projection hands to the voxel stages.
+
+    Attributes:
+        volumes: Voxel features, finest first, each [B, C, Z_s, Y_s, X_s].
+        depth: [B * N, D, h, w] depth probability of the key frame.
+        context: [B * N, C, h, w] image features of the key frame for the cross attention.
+    """
+
+    volumes: list[Tensor]
+    depth: Tensor
+    context: Tensor
+
+
+class _FrameFeatures(NamedTuple):
+    """Backbone output of one frame."""
+
+    stereo: Tensor
+    neck: Tensor
+
+
+@NECKS.register_module()
+class BEVDetStereoForwardProjection(BaseModule):
+    """Backbone, neck, stereo depth, lift-splat and 3D encoder over a key frame and the frame before it.
+
+    A third, still older frame only serves as the stereo partner of the second. Everything but the key frame is
+    computed without gradient (but, in training, with batch statistics, as in the reference implementation).
+
+    Args:
+        img_backbone: Config of the image backbone (ResNet) whose first output is the stereo feature.
+        img_neck: Config of the image neck.
+        img_view_transformer: Config of the view transform.
+        img_bev_encoder_backbone: Config of the 3D encoder.
+        num_adj: Number of earlier frames that are lifted; 1 is supported.
+        adjust_channel: Channels of the context for the cross attention; None keeps the view transform's.
+        return_intermediate: Must be True: the stages need all volumes of the 3D encoder.
+        stereo_feat_index: Residual stage whose output is the stereo feature; 0 is supported.
+        with_prev: False feeds zeros for the earlier frame's volume.
+        num_cams: Cameras N.
+        legacy_adjacent_extrinsics: The camera vector of the earlier frame holds the key frame's extrinsics, as the
+            released weights expect; False: its own.
+    """
+
+    ignored_config_keys = frozenset({
+        "align_after_view_transfromation", "img_context_idx", "img_bev_encoder_neck", "cv_downsample", "pre_process",
+        "pretrained", "train_cfg", "test_cfg", "use_grid_mask"})
+
+    def __init__(self, img_backbone: Mapping, img_neck: Mapping, img_view_transformer: Mapping,
+                 img_bev_encoder_backbone: Mapping, num_adj: int = 1, adjust_channel: int | None = None,
+                 return_intermediate: bool = True, stereo_feat_index: int = 0, with_prev: bool = True, num_cams: int = 6,
+                 legacy_adjacent_extrinsics: bool = True, init_cfg: Mapping | None = None) -> None:
+        super().__init__(init_cfg)
+        if num_adj != 1 or stereo_feat_index != 0 or not return_intermediate:
+            raise ValueError("supported are num_adj=1, stereo_feat_index=0, return_intermediate=True; got "
+                             f"{num_adj}, {stereo_feat_index}, {return_intermediate}")
+        self.num_cams = num_cams
+        self.num_frames = num_adj + 2
+        self.with_prev = with_prev
+        self.legacy_adjacent_extrinsics = legacy_adjacent_extrinsics
+        self.img_backbone = build(img_backbone, "img_backbone")
+        self.img_neck = build(img_neck, "img_neck")
+        self.img_view_transformer = build(img_view_transformer, "img_view_transformer")
+        self.img_bev_encoder_backbone = build(img_bev_encoder_backbone, "img_bev_encoder_backbone")
+        if adjust_channel is not None:
+            self.adjust_channel_conv = nn.Conv2d(img_view_transformer["out_channels"], adjust_channel, 1)
+
+    def forward(self, img_inputs: tuple[Tensor, ...]) -> ForwardFeatures:
+        """Voxel features, depth and context of one sample per batch slot.
+
+        Args:
+            img_inputs: The six tensors of a sample: images [B, N * F, 3, H, W] camera-major, sensor2ego, ego2global,
+                intrinsics and post_aug [B, F * N, 4, 4] frame-major, bda [B, 4, 4]; F = 3 frames, newest first.
+        """
+        images, cameras = split_frames(img_inputs, self.num_cams, self.num_frames)
+        bda = img_inputs[5]
+        with torch.no_grad():
+            oldest_stereo = self.stereo_feature(images[2].flatten(0, 1)) if self.with_prev else None
+            earlier = self.frame_features(images[1].flatten(0, 1))
+            earlier_volume = self._earlier_volume(earlier, oldest_stereo, cameras, bda) if self.with_prev else None
+        key = self.frame_features(images[0].flatten(0, 1))
+        volume, depth, context = self.img_view_transformer(
+            key.neck, cameras[0], cameras[0].key_ego_from_camera, bda, key.stereo, earlier.stereo)
+        if earlier_volume is None:
+            earlier_volume = torch.zeros_like(volume)
+        volumes = self.img_bev_encoder_backbone(torch.cat([earlier_volume, volume], 1))
+        if hasattr(self, "adjust_channel_conv"):
+            context = self.adjust_channel_conv(context)
+        return ForwardFeatures(volumes, depth, context)
+
+    def _earlier_volume(self, earlier: _FrameFeatures, oldest_stereo: Tensor, cameras: list[CameraFrame], bda: Tensor
+                        ) -> Tensor:
+        vector_frame = cameras[0 if self.legacy_adjacent_extrinsics else 1]
+        return self.img_view_transformer(
+            earlier.neck, cameras[1], vector_frame.key_ego_from_camera, bda, earlier.stereo, oldest_stereo)[0]
+
+    def frame_features(self, images: Tensor) -> _FrameFeatures:
+        """Stereo feature (first backbone output) and neck feature of images [M, 3, H, W]."""
+        stereo, *deep = self.img_backbone(images)
+        neck = self.img_neck(deep)
+        return _FrameFeatures(stereo, neck[0] if isinstance(neck, list | tuple) else neck)
+
+    def stereo_feature(self, images: Tensor) -> Tensor:
+        """Only the stem and the first residual stage, [M, 3, H, W] -> [M, 256, H / 4, W / 4]."""
+        backbone = self.img_backbone
+        x = backbone.stem(images) if backbone.deep_stem else backbone.relu(backbone.norm1(backbone.conv1(images)))
+        return getattr(backbone, backbone.res_layers[0])(backbone.maxpool(x))

@@ -1,0 +1,160 @@
+"""Camera geometry of the view transform: relative poses, frustum points, and the stereo homography.
+
+Matrices are named ``target_from_source``. The 4x4 ``post_aug`` of an image augmentation acts on (u * d, v * d, d, 1):
+its 2x2 linear part is in rows and columns 0-1, its translation in **column 2**. Its upper-left 3x3 block is therefore
+the homography of homogeneous pixels (u, v, 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CameraFrame:
+    """Calibration and poses of the N cameras at one of the frames of a sample.
+
+    Attributes:
+        key_ego_from_camera: [B, N, 4, 4] camera to the key frame's ego, float32.
+        older_camera_from_camera: [B, N, 4, 4] camera to the same camera one frame earlier; None for the oldest frame.
+        intrinsics: [B, N, 4, 4] pinhole matrix of the original image, in pixels.
+        post_aug: [B, N, 4, 4] image augmentation.
+    """
+
+    key_ego_from_camera: Tensor
+    older_camera_from_camera: Tensor | None
+    intrinsics: Tensor
+    post_aug: Tensor
+
+
+def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int) -> tuple[list[Tensor], list[CameraFrame]]:
+    """Images and cameras of each frame, newest first.
+
+    Relative poses are formed in float64, because global translations are large, and returned as float32. The key ego
+    is the ego frame at the time of camera 0 of the newest frame.
+
+    Args:
+        img_inputs: images [B, N * F, 3, H, W] camera-major; sensor2ego, ego2global, intrinsics and post_aug
+            [B, F * N, 4, 4] frame-major; bda [B, 4, 4].
+        num_cams: N.
+        num_frames: F.
+
+    Returns:
+        F images [B, N, 3, H, W] and F cameras.
+
+    Raises:
+        ValueError: a tensor does not hold N * F entries, or the tensors do not agree in B.
+    """
+    images, ego_from_camera, global_from_ego, intrinsics, post_aug = img_inputs[:5]
+    batch = images.shape[0]
+    total = num_cams * num_frames
+    if images.dim() != 5 or images.shape[1] != total:
+        raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, 3, H, W], "
+                         f"got {tuple(images.shape)}")
+    names = ("sensor2ego", "ego2global", "intrinsics", "post_aug")
+    for position, (name, matrix) in enumerate(zip(names, img_inputs[1:5], strict=True), 1):
+        if matrix.shape != (batch, total, 4, 4):
+            raise ValueError(f"img_inputs[{position}] ({name}) must be {(batch, total, 4, 4)}, got {tuple(matrix.shape)}")
+    pictures = images.unflatten(1, (num_cams, num_frames)).unbind(2)
+    frames = (num_frames, num_cams)
+    global_from_ego = global_from_ego.unflatten(1, frames).double()
+    global_from_camera = global_from_ego @ ego_from_camera.unflatten(1, frames).double()  # [B, F, N, 4, 4]
+    key_ego_from_global = torch.linalg.inv(global_from_ego[:, 0, :1])  # [B, 1, 4, 4]
+    key_ego_from_camera = (key_ego_from_global[:, None] @ global_from_camera).float()
+    older_from_newer = (torch.linalg.inv(global_from_camera[:, 1:]) @ global_from_camera[:, :-1]).float()
+    cameras = [
+        CameraFrame(
+            key_ego_from_camera=key_ego_from_camera[:, f],
+            older_camera_from_camera=older_from_newer[:, f] if f + 1 < num_frames else None,
+            intrinsics=intrinsics.unflatten(1, frames)[:, f],
+            post_aug=post_aug.unflatten(1, frames)[:, f],
+        )
+        for f in range(num_frames)
+    ]
+    return list(pictures), cameras
+
+
+def camera_vector(camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor) -> Tensor:
+    """The 27 numbers per camera that condition the depth net: [B, N, 27].
+
+    Intrinsics (fx, fy, cx, cy), image augmentation (two rows of linear part and translation), BEV augmentation
+    (its 2x2 part and the z scale), and the first three rows of ``key_ego_from_camera``.
+    """
+    k, post = camera.intrinsics, camera.post_aug
+    bda = bda[:, None].expand(-1, k.shape[1], -1, -1)
+    entries = [k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2],
+               post[..., 0, 0], post[..., 0, 1], post[..., 0, 2],
+               post[..., 1, 0], post[..., 1, 1], post[..., 1, 2],
+               bda[..., 0, 0], bda[..., 0, 1], bda[..., 1, 0], bda[..., 1, 1], bda[..., 2, 2]]
+    pose = key_ego_from_camera[..., :3, :].flatten(-2)
+    return torch.cat([torch.stack(entries, -1), pose], -1)
+
+
+def pixel_homography(post_aug: Tensor) -> Tensor:
+    """[..., 3, 3] float64 homography original pixel -> augmented pixel of a [..., 4, 4] image augmentation."""
+    homography = torch.zeros(*post_aug.shape[:-2], 3, 3, dtype=torch.float64, device=post_aug.device)
+    homography[..., :2, :] = post_aug[..., :2, :3].double()
+    homography[..., 2, 2] = 1
+    return homography
+
+
+def pixel_grid(image_size: tuple[int, int], feature_size: tuple[int, int], like: Tensor) -> Tensor:
+    """[h, w, 3] homogeneous image pixels (u, v, 1) of a feature map whose corners sit on the image's corner pixels."""
+    (height, width), (h, w) = image_size, feature_size
+    v = torch.linspace(0, height - 1, h, dtype=torch.float64, device=like.device)
+    u = torch.linspace(0, width - 1, w, dtype=torch.float64, device=like.device)
+    v, u = torch.meshgrid(v, u, indexing="ij")
+    return torch.stack([u, v, torch.ones_like(u)], -1)
+
+
+def frustum_points(camera: CameraFrame, bda: Tensor, depths: Tensor, image_size: tuple[int, int],
+                   feature_size: tuple[int, int]) -> Tensor:
+    """Points of every pixel and depth in the augmented key-ego frame, metres.
+
+    Args:
+        camera: Cameras of the frame.
+        bda: [B, 4, 4] BEV augmentation.
+        depths: [D] metres.
+        image_size: (H, W) of the network image.
+        feature_size: (h, w) of the feature map.
+
+    Returns:
+        [B, N, D, h, w, 3] float32. A point is ``depth * ray + origin``, with rays and origins formed in float64.
+    """
+    pixels = pixel_grid(image_size, feature_size, depths)  # [h, w, 3]
+    bda = bda.double()[:, None]
+    ego_from_camera = bda @ camera.key_ego_from_camera.double()  # [B, N, 4, 4]
+    camera_from_pixel = torch.linalg.inv(pixel_homography(camera.post_aug) @ _pinhole(camera.intrinsics))
+    ego_from_pixel = ego_from_camera[..., :3, :3] @ camera_from_pixel  # [B, N, 3, 3]
+    rays = torch.einsum("bnij,hwj->bnhwi", ego_from_pixel, pixels).float()
+    origins = ego_from_camera[..., :3, 3].float()[:, :, None, None, None]
+    return rays[:, :, None] * depths.view(-1, 1, 1, 1) + origins
+
+
+def _pinhole(intrinsics: Tensor) -> Tensor:
+    """[..., 3, 3] float64 calibration matrix."""
+    return intrinsics[..., :3, :3].double()
+
+
+def stereo_homography(camera: CameraFrame, image_size: tuple[int, int], feature_size: tuple[int, int]
+                      ) -> tuple[Tensor, Tensor]:
+    """Plane-induced homographies from a frame's feature map to the older frame's, for :func:`plane_sweep`.
+
+    A feature-map position (x, y) at depth d is found in the older map at the dehomogenised
+    ``d * infinite_homography @ (x, y, 1) + epipole`` (Hartley and Zisserman, Multiple View Geometry, 13.1). Intrinsics
+    and augmentation of the newer frame serve both images, as in the reference implementation.
+
+    Returns:
+        infinite_homography [B * N, 3, 3] and epipole [B * N, 3], float32.
+    """
+    (height, width), (h, w) = image_size, feature_size
+    image_from_map = torch.diag(torch.tensor([(width - 1) / (w - 1), (height - 1) / (h - 1), 1.0], dtype=torch.float64,
+                                             device=camera.intrinsics.device))
+    map_from_camera = torch.linalg.inv(image_from_map) @ pixel_homography(camera.post_aug) @ _pinhole(camera.intrinsics)
+    older = camera.older_camera_from_camera.double()
+    infinite = map_from_camera @ older[..., :3, :3] @ torch.linalg.inv(map_from_camera)
+    epipole = (map_from_camera @ older[..., :3, 3:])[..., 0]
+    return infinite.flatten(0, 1).float(), epipole.flatten(0, 1).float()

@@ -1,0 +1,135 @@
+"""Lift image features along depth and splat them into voxels (LSS, Philion and Fidler arXiv 2008.05711)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from mmcv.runner import BaseModule
+from torch import Tensor
+
+from mmdet3d.models.view_transforms.cost_volume import stereo_cost_volume
+from mmdet3d.models.view_transforms.depth_net import DepthNet
+from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points
+from mmdet3d.ops import bev_pool_v2
+from mmdet3d.registry import NECKS
+from mmdet3d.structures import VoxelGrid
+
+
+def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = True) -> Tensor:
+    """Flat voxel index ``(z * Y + y) * X + x`` of each point [..., 3] (x, y, z in metres), int32, -1 outside.
+
+    Args:
+        points: Points in the grid's frame.
+        grid: The voxel grid.
+        truncate_toward_zero: Voxel coordinates are truncated, so that points up to one voxel below the lower bounds
+            fall into the border voxels, as the released weights expect. False: floor.
+    """
+    low = points.new_tensor(grid.low)
+    cell = points.new_tensor(grid.cell)
+    size = torch.tensor(grid.size_xyz, device=points.device)
+    position = (points - low) / cell
+    # Clamped before the conversion, because a float beyond the integer range has no defined integer.
+    position = (position.trunc() if truncate_toward_zero else position.floor()).clamp(-1, max(grid.size_xyz))
+    index = position.to(torch.int32)
+    inside = ((index >= 0) & (index < size)).all(-1)
+    x, y, z = index.unbind(-1)
+    flat = (z * grid.size_xyz[1] + y) * grid.size_xyz[0] + x
+    return torch.where(inside, flat, -1)
+
+
+@NECKS.register_module()
+class LSSForwardProjection(BaseModule):
+    """Depth distribution and context of each pixel, lifted to a frustum and pooled into voxels.
+
+    Args:
+        grid_config: ``x``, ``y``, ``z`` as [low, high, cell] of the voxel grid and ``depth`` as [low, high, step] of the
+            depth bins, metres.
+        input_size: (H, W) of the network image.
+        in_channels: Channels of the image feature.
+        out_channels: Channels C of the context and of the volume.
+        downsample: Stride of the image feature.
+        depthnet_cfg: Options of :class:`DepthNet`.
+        loss_depth_weight: Weight of the depth loss.
+        truncate_toward_zero: See :func:`voxel_index`.
+
+    ``collapse_z``, ``accelerate``, ``sid``, ``with_cp``, ``with_depth_from_lidar`` are accepted with the values that
+    the published configs use (False).
+    """
+
+    ignored_config_keys = frozenset({"return_context"})
+
+    def __init__(self, grid_config: Mapping, input_size: tuple[int, int], in_channels: int = 512, out_channels: int = 64,
+                 downsample: int = 16, depthnet_cfg: Mapping | None = None, loss_depth_weight: float = 3.0,
+                 collapse_z: bool = False, accelerate: bool = False, sid: bool = False, with_cp: bool = False,
+                 with_depth_from_lidar: bool = False, truncate_toward_zero: bool = True, init_cfg: Mapping | None = None
+                 ) -> None:
+        super().__init__(init_cfg)
+        options = {"collapse_z": collapse_z, "accelerate": accelerate, "sid": sid,
+                   "with_depth_from_lidar": with_depth_from_lidar}
+        if wanted := [name for name, value in options.items() if value]:
+            raise ValueError(f"{wanted} are not supported, set them to False")
+        if "depth" not in grid_config or len(grid_config["depth"]) != 3:
+            raise ValueError(f"grid_config needs depth=[low, high, step], got {grid_config.get('depth')}")
+        self.grid = VoxelGrid.from_config(grid_config)
+        self.input_size = tuple(input_size)
+        self.downsample = downsample
+        self.loss_depth_weight = loss_depth_weight
+        self.truncate_toward_zero = truncate_toward_zero
+        self.depth_range = tuple(float(v) for v in grid_config["depth"])
+        self.register_buffer("depths", torch.arange(*self.depth_range, dtype=torch.float32), persistent=False)
+        self.depth_net = DepthNet(in_channels, in_channels, out_channels, len(self.depths), with_cp=with_cp,
+                                  **(depthnet_cfg or {}))
+
+    def forward(self, feature: Tensor, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pool an image feature into the voxel grid.
+
+        Args:
+            feature: [B * N, in_channels, h, w].
+            camera: Cameras of the frame that ``feature`` was computed from.
+            key_ego_from_camera: [B, N, 4, 4] poses of the key frame's cameras, for the camera vector.
+            bda: [B, 4, 4] BEV augmentation.
+
+        Returns:
+            volume [B, C, Z, Y, X]; depth probability [B * N, D, h, w]; context [B * N, C, h, w].
+        """
+        return self.lift_splat(feature, None, camera, key_ego_from_camera, bda)
+
+    def lift_splat(self, feature: Tensor, cost_volume: Tensor | None, camera: CameraFrame, key_ego_from_camera: Tensor,
+                   bda: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`forward`, with an optional stereo cost volume [B * N, D, 4 h, 4 w] for the depth."""
+        vector = camera_vector(camera, key_ego_from_camera, bda)
+        logits, context = self.depth_net(feature, vector.flatten(0, 1), cost_volume)
+        depth = logits.softmax(1)
+        points = frustum_points(camera, bda, self.depths, self.input_size, tuple(feature.shape[-2:]))
+        cells = voxel_index(points, self.grid, self.truncate_toward_zero)  # [B, N, D, h, w]
+        per_camera = cells.shape[:2]
+        volume = bev_pool_v2(depth.unflatten(0, per_camera), context.unflatten(0, per_camera).permute(0, 1, 3, 4, 2),
+                             cells, self.grid.size_zyx)
+        return volume, depth, context
+
+
+@NECKS.register_module()
+@NECKS.register_module("LSSVStereoForwardPorjection")
+class LSSVStereoForwardProjection(LSSForwardProjection):
+    """Lift and splat whose depth also sees a plane-sweep cost volume between two frames (BEVDet-4D-Stereo).
+
+    Args:
+        cv_downsample: Stride of the stereo features.
+        one_channel_invalid_test: See :func:`stereo_cost_volume`.
+        **kwargs: As :class:`LSSForwardProjection`.
+    """
+
+    def __init__(self, *args, cv_downsample: int = 4, one_channel_invalid_test: bool = True, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.cv_downsample = cv_downsample
+        self.one_channel_invalid_test = one_channel_invalid_test
+
+    def forward(self, feature: Tensor, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor,
+                stereo: Tensor, older_stereo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the parent's, with the stereo features [B * N, C4, H4, W4] of this frame and of the frame before."""
+        cost_volume = stereo_cost_volume(
+            stereo, older_stereo, camera, self.depths, image_size=self.input_size,
+            invalid_penalty=self.depth_net.bias, one_channel_invalid_test=self.one_channel_invalid_test)
+        return self.lift_splat(feature, cost_volume, camera, key_ego_from_camera, bda)

@@ -1,0 +1,138 @@
+"""Registries and the config builder.
+
+One registry, :data:`MODELS`, holds every part of a model; :data:`DETECTORS`, :data:`HEADS`, :data:`ATTENTION` and the
+other names that config files and users of the mmdet family know are the same object. A ``type`` that is not ours is
+looked up in mmdet's and mmcv's registries, so that ``ResNet`` and the like work as usual.
+
+Unlike mmcv's ``build_from_cfg`` the builder never changes the config, and refuses unknown keys with a message that
+names the place in the config, the key and the accepted keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmcv.cnn import MODELS as MMCV_MODELS
+from mmcv.utils import Registry
+
+_config_path: contextvars.ContextVar[str] = contextvars.ContextVar("config_path", default="")
+
+
+class ConfigError(ValueError):
+    """A config asks for something that does not exist or does not fit; the message says where."""
+
+
+@contextlib.contextmanager
+def config_place(name: str) -> Iterator[str]:
+    """Within this context config errors are reported below ``name``."""
+    outer = _config_path.get()
+    path = f"{outer}.{name}" if outer and name else outer or name
+    token = _config_path.set(path)
+    try:
+        yield path
+    finally:
+        _config_path.reset(token)
+
+
+def _fallbacks() -> list[Registry]:
+    """Registries of mmdet and mmcv, asked in this order for types that are not registered here."""
+    from mmcv.cnn.bricks import registry as bricks
+    from mmdet.models.builder import MODELS as MMDET_MODELS
+    from mmdet.models.utils.builder import TRANSFORMER
+
+    return [MMDET_MODELS, TRANSFORMER, bricks.ATTENTION, bricks.TRANSFORMER_LAYER,
+            bricks.TRANSFORMER_LAYER_SEQUENCE, bricks.POSITIONAL_ENCODING, MMCV_MODELS]
+
+
+def _find_class(kind: Any, registry: Registry, path: str) -> type:
+    if inspect.isclass(kind):
+        return kind
+    if not isinstance(kind, str):
+        raise ConfigError(f"{path}.type: expected a registered name, got {kind!r}")
+    if (found := registry.module_dict.get(kind)) is not None:
+        return found
+    for other in _fallbacks():
+        if (found := other.module_dict.get(kind)) is not None:
+            return found
+    near = difflib.get_close_matches(kind, registry.module_dict, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {sorted(registry.module_dict)}"
+    raise ConfigError(f"{path}.type: {kind!r} is not registered in {registry.name!r}, mmdet or mmcv; {hint}")
+
+
+def accepted_keys(cls: type) -> tuple[list[str], bool]:
+    """Config keys that ``cls`` takes, and whether it takes any others too.
+
+    A constructor with ``**kwargs`` is read as handing them to the constructor of its parent class.
+    """
+    kinds = inspect.Parameter
+    names: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        names += [n for n, p in parameters.items()
+                  if n not in ("self", *names) and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+        if not any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
+            return names, False
+    return names, True
+
+
+def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | None = None) -> Any:
+    """Build the object that ``cfg`` describes; ``cfg`` stays as it is.
+
+    Args:
+        cfg: Mapping with ``type`` (a registered name or a class) and the keyword arguments of its constructor.
+        registry: Registry that is searched first.
+        default_args: Arguments used where ``cfg`` does not set them.
+
+    Returns:
+        The constructed object.
+
+    Raises:
+        ConfigError: ``cfg`` is no mapping, has no ``type``, names an unknown type, or passes keys that the type does
+            not take. Keys listed in the type's class attribute ``ignored_config_keys`` (published configs set them,
+            nothing reads them) are accepted and dropped. A ``TypeError`` or ``ValueError`` of the constructor is
+            reported with the place in the config.
+    """
+    path = _config_path.get() or "config"
+    if not isinstance(cfg, Mapping):
+        raise ConfigError(f"{path}: expected a dict with a 'type', got {type(cfg).__name__}: {cfg!r}")
+    if "type" not in cfg:
+        raise ConfigError(f"{path}: the key 'type' is missing; found {sorted(cfg)}")
+    cls = _find_class(cfg["type"], registry, path)
+    ignored = getattr(cls, "ignored_config_keys", frozenset())
+    args = {**(default_args or {}), **{k: v for k, v in cfg.items() if k != "type"}}
+    args = {k: copy.deepcopy(v) for k, v in args.items() if k not in ignored}
+    names, takes_any = accepted_keys(cls)
+    if not takes_any and (unknown := sorted(args.keys() - set(names))):
+        hints = [f" (did you mean {near[0]!r}?)" for key in unknown
+                 if (near := difflib.get_close_matches(key, names, n=1))]
+        raise ConfigError(f"{path}: {cls.__name__} takes no {unknown}{''.join(hints)}; it takes {names}")
+    try:
+        return cls(**args)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {cls.__name__}: {error}") from error
+
+
+def build(cfg: Mapping, place: str = "", **default_args: Any) -> Any:
+    """Build a model part found under the key ``place`` of the config that is being built."""
+    with config_place(place):
+        return build_from_config(cfg, MODELS, default_args)
+
+
+def _registry_build(cfg: Mapping, registry: Registry, default_args: Mapping | None = None) -> Any:
+    return build_from_config(cfg, registry, default_args)
+
+
+#: Every model part of this project, by the name used for ``type`` in config files.
+MODELS = Registry("models", build_func=_registry_build, parent=MMCV_MODELS, scope="mmdet3d")
+DETECTORS = BACKBONES = NECKS = HEADS = LOSSES = MODELS
+TRANSFORMER = TRANSFORMER_LAYER = TRANSFORMER_LAYER_SEQUENCE = ATTENTION = POSITIONAL_ENCODING = MODELS

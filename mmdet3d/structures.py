@@ -1,0 +1,131 @@
+"""Shape contracts shared by all parts: the voxel grid, and what is remembered from frame to frame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VoxelGrid:
+    """Axis-aligned voxels in the ego frame (x forward, y left, z up).
+
+    Attributes:
+        low: Lower bounds (x, y, z) in metres.
+        high: Upper bounds (x, y, z) in metres.
+        cell: Edge lengths (x, y, z) of a voxel in metres.
+    """
+
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+    cell: tuple[float, float, float]
+
+    @classmethod
+    def from_config(cls, grid_config: Mapping) -> VoxelGrid:
+        """Grid of a ``grid_config`` dict whose ``x``, ``y`` and ``z`` are ``[low, high, cell]`` in metres.
+
+        Raises:
+            ValueError: an axis is missing, has not three numbers, or holds no whole number of voxels.
+        """
+        axes = []
+        for axis in "xyz":
+            if axis not in grid_config or len(grid_config[axis]) != 3:
+                raise ValueError(f"grid_config needs {axis}=[low, high, cell], got {grid_config.get(axis)}")
+            axes.append(tuple(float(v) for v in grid_config[axis]))
+        grid = cls(*(tuple(values) for values in zip(*axes, strict=True)))
+        for axis, (low, high, cell), count in zip("xyz", axes, grid.size_xyz, strict=True):
+            if cell <= 0 or count < 1 or abs(count * cell - (high - low)) > 1e-3 * cell:
+                raise ValueError(f"grid_config {axis}=[{low}, {high}, {cell}] holds no whole number of voxels")
+        return grid
+
+    @property
+    def size_xyz(self) -> tuple[int, int, int]:
+        """Number of voxels (X, Y, Z)."""
+        x, y, z = (round((h - lo) / c) for lo, h, c in zip(self.low, self.high, self.cell, strict=True))
+        return x, y, z
+
+    @property
+    def size_zyx(self) -> tuple[int, int, int]:
+        """Number of voxels (Z, Y, X), the axis order of feature volumes."""
+        return self.size_xyz[::-1]
+
+    @property
+    def num_voxels(self) -> int:
+        """Number of voxels X * Y * Z."""
+        x, y, z = self.size_xyz
+        return x * y * z
+
+    def coarsen(self, factor: int) -> VoxelGrid:
+        """Same bounds, voxels ``factor`` times larger along every axis.
+
+        Raises:
+            ValueError: an axis does not divide by ``factor``.
+        """
+        if any(n % factor for n in self.size_xyz):
+            raise ValueError(f"cannot coarsen {self.size_xyz} (X, Y, Z) voxels by {factor}")
+        return replace(self, cell=tuple(c * factor for c in self.cell))
+
+
+@dataclass(frozen=True)
+class TemporalMemory:
+    """What the model remembers of the frames before: a value that goes in and comes out of a forward pass.
+
+    Attributes:
+        histories: One tensor per stage, finest first, [B, V, T * C]: for each of the V voxels (flat index
+            ``(z * Y + y) * X + x``) the fused features of T frames, newest first. Float32, no gradient.
+        sizes: (Z, Y, X) of each stage.
+        channels: C.
+        bda: [B, 4, 4] BEV augmentation of the newest frame.
+        sequence_ids: [B] int64 sequence that each batch slot follows, on the CPU.
+        ego_translation: [B, 3] float64 position of the ego vehicle in the global frame at the newest frame, metres, on
+            the CPU.
+    """
+
+    histories: tuple[Tensor, ...]
+    sizes: tuple[tuple[int, int, int], ...]
+    channels: int
+    bda: Tensor
+    sequence_ids: Tensor
+    ego_translation: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of batch slots B."""
+        return self.sequence_ids.shape[0]
+
+    def history_volume(self, stage: int) -> Tensor:
+        """[B, T * C, Z, Y, X] view of the history of ``stage`` (0 = finest), slot after slot, newest first."""
+        history = self.histories[stage]
+        return history.unflatten(1, self.sizes[stage]).permute(0, 4, 1, 2, 3)
+
+    def newest_volume(self, stage: int) -> Tensor:
+        """[B, C, Z, Y, X] view of the newest slot: the fused volume that ``stage`` produced at the frame before."""
+        return self.history_volume(stage)[:, : self.channels]
+
+    def to(self, device: torch.device | str) -> TemporalMemory:
+        """The same memory with histories and augmentation on another device; the small host-side entries stay."""
+        return replace(self, histories=tuple(h.to(device) for h in self.histories), bda=self.bda.to(device))
+
+    def clone(self) -> TemporalMemory:
+        """A copy that shares no storage."""
+        tensors = {name: getattr(self, name).clone() for name in ("bda", "sequence_ids", "ego_translation")}
+        return replace(self, histories=tuple(h.clone() for h in self.histories), **tensors)
+
+    def state_dict(self) -> dict:
+        """Plain tensors and tuples, for checkpoints; :meth:`from_state_dict` is the inverse."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping) -> TemporalMemory:
+        """Memory of what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: keys are missing or unknown.
+        """
+        if set(state) != set(cls.__dataclass_fields__):
+            raise ValueError(f"temporal memory needs {sorted(cls.__dataclass_fields__)}, got {sorted(state)}")
+        return cls(**{**state, "histories": tuple(state["histories"]),
+                      "sizes": tuple(tuple(size) for size in state["sizes"])})

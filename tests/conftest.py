@@ -1,0 +1,37 @@
+"""Shared fixtures: devices, the folder of golden values, and the CUDA rule (a GPU run fails instead of skipping)."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        return
+    if os.environ.get("MMDET3D_REQUIRE_CUDA") == "1":
+        raise pytest.UsageError("MMDET3D_REQUIRE_CUDA=1, but this PyTorch sees no CUDA device")
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Runs a test on the CPU and on a CUDA device."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Folder with golden/, spec/golden/ and data/, named by STCOCC_SHARED (default ../shared)."""
+    folder = Path(os.environ.get("STCOCC_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"golden values and sample data not found: {folder} (set STCOCC_SHARED)")
+    return folder
