@@ -92,12 +92,15 @@ def test_a_camera_at_rest_compares_the_maps_as_they_are(device, dtype):
 
 
 def test_zero_in_the_invalid_channel_adds_the_penalty(device):
-    case = identity(device)
-    plain = plane_sweep(*case, invalid_channel=None)
-    cost = plane_sweep(*case, invalid_channel=4, invalid_penalty=2.5)
-    is_zero = (case[1][:, 4] == 0)[:, None].expand_as(cost)
+    current, reference, homography, epipole, depths = identity(device)
+    homography = homography + homography.new_tensor([[0, 0, 0.25], [0, 0, 0.5], [0, 0, 0]])  # between four pixels
+    inputs = (current, reference, homography, epipole, depths)
+    plain = plane_sweep(*inputs, invalid_channel=None)
+    cost = plane_sweep(*inputs, invalid_channel=4, invalid_penalty=2.5)
+    shown = torch.nn.functional.pad(reference[:, 4] > 0, (0, 1, 0, 1))  # (N, H + 1, W + 1)
+    is_zero = ~(shown[:, :-1, :-1] | shown[:, 1:, :-1] | shown[:, :-1, 1:] | shown[:, 1:, 1:])
     assert is_zero.any() and not is_zero.all()
-    torch.testing.assert_close(cost - plain, 2.5 * is_zero.double())
+    torch.testing.assert_close(cost - plain, 2.5 * is_zero[:, None].expand_as(cost).double())
 
 
 @pytest.mark.parametrize("point", [(3.0, 2.0, -4.0), (3.0, 2.0, 9e-4), (9.0, 0.0, 1.0), (0.0, -1.0, 1.0),
