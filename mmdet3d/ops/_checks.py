@@ -1,5 +1,6 @@
 """Argument checks that the operators share; every message names the argument, what was found and what is accepted."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -40,3 +41,13 @@ def check_shape(name: str, tensor: Tensor, axes: str, expected: Sequence[int]) -
     """Raises ValueError unless ``tensor`` has the shape ``expected``, whose axes are called ``axes``."""
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape ({axes}) = {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def as_integer(name: str, number: object) -> int:
+    """``number`` as a Python integer (kept if symbolic); raises TypeError, saying that ``name`` must hold integers."""
+    if isinstance(number, int | torch.SymInt):
+        return number
+    try:
+        return operator.index(number)  # NumPy integers, for example
+    except TypeError:
+        raise TypeError(f"{name} must hold integers, got {number!r}") from None

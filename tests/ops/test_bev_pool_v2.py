@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,6 +246,11 @@ def test_empty(device, function, sizes):
     assert grad_context.shape == case[1].shape and torch.count_nonzero(grad_context) == 0
 
 
+def test_grid_size_of_numpy_integers():
+    case = make_case()
+    assert torch.equal(bev_pool_v2(*case, np.array(GRID)), bev_pool_v2(*case, GRID))
+
+
 def change(position, function):
     def changed(case):
         return [function(t) if i == position else t for i, t in enumerate(case)]
@@ -267,7 +273,7 @@ def change(position, function):
         (change(2, lambda t: t.to("meta")), ValueError, r"cell_index must be on the device of depth"),
         (change(3, lambda t: t[:2]), ValueError, r"grid_size must be three positive .* \(Z, Y, X\), got \(2, 3\)"),
         (change(3, lambda t: (0, 3, 4)), ValueError, r"grid_size must be three positive integers"),
-        (change(3, lambda t: (2.0, 3, 4)), ValueError, r"grid_size must be three positive integers"),
+        (change(3, lambda t: (2.0, 3, 4)), TypeError, r"grid_size must hold integers, got 2.0"),
         (change(3, lambda t: (2**10,) * 3), ValueError, r"at most 2147483646 of each are supported"),
     ],
 )

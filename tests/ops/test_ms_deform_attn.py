@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,12 +256,13 @@ def test_many_levels(device):
     torch.testing.assert_close(ms_deform_attn(*case).cpu(), loop(*case))
 
 
-def test_levels_as_a_tensor(device):
+def test_levels_as_a_tensor_or_array(device):
     value, levels, *rest = make_case(device)
     expected = ms_deform_attn(value, levels, *rest)
     for dtype in (torch.int32, torch.int64):
         shapes = torch.tensor(levels, dtype=dtype, device=device)
         torch.testing.assert_close(ms_deform_attn(value, shapes, *rest), expected)
+    torch.testing.assert_close(ms_deform_attn(value, np.array(levels), *rest), expected)
 
 
 def change(position, function):
@@ -278,7 +280,7 @@ def change(position, function):
         (change(0, lambda t: t[:, 1:]), ValueError, r"S = sum of H \* W = 23 rows for spatial_shapes .* got 22"),
         (change(1, lambda t: t[:1]), ValueError, r"= 15 rows for spatial_shapes \[\(3, 5\)\], got 23"),
         (change(1, lambda t: [(5, 3), (4, 0)]), ValueError, r"spatial_shapes must be positive, got"),
-        (change(1, lambda t: [(3.0, 5), (2, 4)]), TypeError, r"spatial_shapes must hold integers, got"),
+        (change(1, lambda t: [(3.0, 5), (2, 4)]), TypeError, r"spatial_shapes must hold integers, got 3.0"),
         (change(1, lambda t: [3, 5]), ValueError, r"spatial_shapes must be one \(H, W\) for each level, got \[3, 5\]"),
         (change(1, lambda t: torch.ones(2, 2)), TypeError, r"spatial_shapes must hold integers .*got torch.float32"),
         (change(2, lambda t: t.float()), TypeError, r"sampling_locations must have the dtype of value, torch.float64"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
+    as_integer,
     check_dims,
     check_dtype,
     check_same_device,
@@ -109,8 +110,8 @@ def sort_by_cell(cell_index: Tensor, grid_size: tuple[int, int, int]) -> PoolOrd
 
 
 def _check_grid(grid_size: tuple[int, int, int]) -> tuple[int, int, int]:
-    grid_size = tuple(grid_size)
-    if len(grid_size) != 3 or any(not isinstance(n, int | torch.SymInt) or n < 1 for n in grid_size):
+    grid_size = tuple(as_integer("grid_size", n) for n in grid_size)
+    if len(grid_size) != 3 or any(n < 1 for n in grid_size):
         raise ValueError(f"grid_size must be three positive integers (Z, Y, X), got {grid_size}")
     return grid_size
 

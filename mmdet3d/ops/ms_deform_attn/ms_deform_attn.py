@@ -9,7 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, check_dims, check_dtype, check_same_device, check_same_dtype, check_shape
+from .._checks import (
+    FLOAT_DTYPES,
+    as_integer,
+    check_dims,
+    check_dtype,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
 from .._library import AVAILABLE, use_compiled
 from .reference import ms_deform_attn_reference
 
@@ -75,14 +83,12 @@ def _read_levels(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[tup
             raise TypeError(f"spatial_shapes must hold integers (int32 or int64), got {spatial_shapes.dtype}")
         spatial_shapes = spatial_shapes.tolist()
     try:
-        levels = [(height, width) for height, width in spatial_shapes]
+        pairs = [(height, width) for height, width in spatial_shapes]
     except (TypeError, ValueError):
         raise ValueError(f"spatial_shapes must be one (H, W) for each level, got {spatial_shapes!r}") from None
-    for size in (size for level in levels for size in level):
-        if not isinstance(size, int | torch.SymInt):
-            raise TypeError(f"spatial_shapes must hold integers, got {levels}")
-        if size < 1:
-            raise ValueError(f"spatial_shapes must be positive, got {levels}")
+    levels = [tuple(as_integer("spatial_shapes", size) for size in pair) for pair in pairs]
+    if any(size < 1 for level in levels for size in level):
+        raise ValueError(f"spatial_shapes must be positive, got {levels}")
     return levels
 
 
