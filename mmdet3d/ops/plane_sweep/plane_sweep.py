@@ -4,11 +4,14 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, check_dims, check_dtype, check_same_device, check_same_dtype, check_shape
-from .._library import AVAILABLE, use_compiled
+from .._library import AVAILABLE, built_with_cuda
 from .reference import plane_sweep_reference
 
 #: False also for a library that was built before this operator was written.
 _COMPILED = AVAILABLE and hasattr(torch.ops.mmdet3d, "plane_sweep")
+
+#: Types of device that the compiled operator serves; asked once, since a tracer cannot ask the library.
+_SERVED = (("cpu", "meta", "cuda") if built_with_cuda() else ("cpu", "meta")) if _COMPILED else ()
 
 
 def plane_sweep(
@@ -69,7 +72,7 @@ def plane_sweep(
     inputs = (current, reference, infinite_homography, epipole, depths)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise RuntimeError("plane_sweep has no gradient; call it under torch.no_grad() or detach its inputs")
-    if _COMPILED and use_compiled(current):
+    if current.device.type in _SERVED:
         options = (invalid_channel, invalid_by_position, invalid_penalty, min_depth)
         return torch.ops.mmdet3d.plane_sweep(*inputs, *options)
     return plane_sweep_reference(
