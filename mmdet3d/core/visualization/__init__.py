@@ -1,0 +1,1 @@
+"""Pictures of occupancy and flow, drawn in memory: no display, no OpenGL."""

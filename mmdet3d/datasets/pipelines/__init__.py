@@ -1,0 +1,1 @@
+"""Steps between an info record and the input of the model."""

@@ -1,0 +1,212 @@
+"""From an info record to the image tensor and the matrices of the model: read, augment, normalise, stack."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmdet3d.datasets.geometry import ego_to_global, lidar_to_ego, rigid_inverse, sensor_to_ego
+from mmdet3d.datasets.infos import DataError, resolve_path
+from mmdet3d.datasets.pipelines.augmentation import ImageAugmentation, check_data_config
+
+# Mean and standard deviation of ImageNet in the order red, green, blue ...
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+# ... while the channels of the tensor are blue, green, red: the released weights were trained so.
+CHANNELS = (2, 1, 0)
+
+
+def _normalisation_table() -> np.ndarray:
+    values = np.arange(256, dtype=np.float32)
+    return np.stack([(values - np.float32(m)) / np.float32(s) for m, s in zip(MEAN, STD, strict=True)])
+
+
+NORMALISED = _normalisation_table()
+"""(3, 256) float32: tensor value of every pixel value, by output channel. A look-up is exact and the fastest way."""
+
+
+def normalise(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Normalised (3, H, W) float32 channels blue, green, red of an (H, W, 3) uint8 RGB image.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        out: (3, H, W) float32 array to write into.
+    """
+    out = np.empty((3, *image.shape[:2]), np.float32) if out is None else out
+    for channel, source in enumerate(CHANNELS):
+        np.take(NORMALISED[channel], image[..., source], out=out[channel], mode="clip")
+    return out
+
+
+class ImageReader:
+    """Reads and augments images, and remembers the latest, which return as adjacent frames of the next samples.
+
+    Args:
+        capacity: How many augmented images to keep; 0 keeps none.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.capacity = capacity
+        self.decoded = 0
+        self._images: OrderedDict[tuple, np.ndarray] = OrderedDict()
+
+    def open(self, path: str | os.PathLike, info_file: str | os.PathLike | None, what: str) -> Image.Image:
+        """Open an image file without decoding it; ``what`` starts the message of an error.
+
+        Raises:
+            DataError: the file is missing or no image.
+        """
+        try:
+            return Image.open(resolve_path(path, info_file))
+        except DataError as error:
+            raise DataError(f"{what}: {error}") from None
+        except (OSError, Image.DecompressionBombError) as error:
+            raise DataError(f"{what}: cannot read image {path}: {error}") from error
+
+    def read(self, path: str | os.PathLike, augmentation: ImageAugmentation,
+             info_file: str | os.PathLike | None = None, what: str = "image") -> np.ndarray:
+        """Augmented image, (H, W, 3) uint8 RGB. It may be shared: do not write into it.
+
+        Raises:
+            DataError: the file is missing, or damaged anywhere.
+        """
+        key = (str(path), augmentation)
+        if key in self._images:
+            self._images.move_to_end(key)
+            return self._images[key]
+        image = self.open(path, info_file, what)
+        try:
+            with image:
+                array = np.asarray(augmentation.apply(image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged data
+            raise DataError(f"{what}: cannot decode image {path}: {error}") from error
+        self.decoded += 1
+        self._images[key] = array
+        while len(self._images) > self.capacity:
+            self._images.popitem(last=False)
+        return array
+
+
+def _as_tensor(matrices: Sequence[np.ndarray]) -> Tensor:
+    """(M, 4, 4) float32 tensor of float64 matrices."""
+    return torch.from_numpy(np.stack(matrices)).float()
+
+
+def intrinsic_matrix(camera: Mapping) -> np.ndarray:
+    """(4, 4) identity with the pinhole matrix of a camera in its upper left corner."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = camera["cam_intrinsic"]
+    return matrix
+
+
+def lidar_to_image(info: Mapping, cameras: Sequence[str], post_augs: Tensor,
+                   dtype: torch.dtype = torch.float32) -> Tensor:
+    """(N, 4, 4) float32 matrices from LIDAR_TOP points to augmented pixels times depth, through both ego poses.
+
+    Args:
+        info: Info record.
+        cameras: N camera names.
+        post_augs: (N, 4, 4) float32 augmentation matrices.
+        dtype: Precision of the products. The published data has float32, which costs up to 0.1 pixel at 10 m because
+            global positions are large; float64 is rounded once at the end.
+    """
+    def chain_link(matrices: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(matrices)).to(dtype)
+
+    cams = [info["cams"][name] for name in cameras]
+    chain = chain_link([intrinsic_matrix(cam) for cam in cams])
+    for link in ([rigid_inverse(sensor_to_ego(cam)) for cam in cams],
+                 [rigid_inverse(ego_to_global(cam)) for cam in cams],
+                 [ego_to_global(info)],
+                 [lidar_to_ego(info)]):  # each rounded on its own, multiplied left to right
+        chain = chain @ chain_link(link)
+    return (post_augs.to(dtype) @ chain).float()
+
+
+class PrepareImageInputs:
+    """Pipeline step: ``img_inputs`` and the camera matrices of one sample.
+
+    Args:
+        data_config: ``cams``, ``input_size`` and the augmentation limits of the config file.
+        is_train: Draw the augmentation; otherwise the fixed one of test time.
+        sequential: Add the adjacent frames of the sample.
+        single_precision: Multiply ``lidar2img`` in float32 as the published data has it; otherwise in float64.
+        reader: Where images come from. Default: a reader of its own that keeps the images of the latest samples, at
+            test time, when they return unchanged.
+
+    Raises:
+        ValueError: ``data_config`` does not fit.
+    """
+
+    def __init__(self, data_config: Mapping, is_train: bool = False, sequential: bool = True, *,
+                 single_precision: bool = True, reader: ImageReader | None = None) -> None:
+        check_data_config(data_config)
+        self.data_config = data_config
+        self.cameras = tuple(data_config["cams"])
+        self.is_train = is_train
+        self.sequential = sequential
+        self.dtype = torch.float32 if single_precision else torch.float64
+        # Twice the images of a sample of three frames: the oldest of a sample were looked at before the newest of it.
+        self.reader = ImageReader(0 if is_train else 6 * len(self.cameras)) if reader is None else reader
+
+    def __call__(self, results: dict) -> dict:
+        """Add the images and matrices of a sample; N cameras, F frames (the current one and the adjacent ones).
+
+        Args:
+            results: Dict of :func:`mmdet3d.datasets.infos.sample_record`.
+
+        Returns:
+            ``results`` itself with ``img_inputs``, a tuple of float32 tensors: images (N * F, 3, H, W), camera-major
+            (camera * F + frame); sensor2ego, ego2global, intrinsics and augmentation, each (F * N, 4, 4),
+            frame-major (frame * N + camera), the last two those of the current frame, repeated. Also
+            ``sensor2sensorego``, ``sensorego2global`` and their inverses ``sensorego2sensor``, ``global2sensorego``
+            (F * N, 4, 4), ``lidar2img`` (N, 4, 4), ``ego2lidar`` (1, 4, 4) and ``cam_names``.
+
+        Raises:
+            DataError: a camera is not in the info file, or an image is missing or damaged; the message names the
+                step, the sample and the file.
+        """
+        frames = [results["curr"], *(results["adjacent"] if self.sequential else ())]
+        self._check_cameras(frames)
+        images, augmentations = self._images(results, frames)
+        cams = [frame["cams"][name] for frame in frames for name in self.cameras]
+        sensor_poses = [sensor_to_ego(cam) for cam in cams]
+        ego_poses = [ego_to_global(cam) for cam in cams]
+        post_augs = torch.from_numpy(np.stack([augmentation.matrix() for augmentation in augmentations]))
+        intrinsics = _as_tensor([intrinsic_matrix(frames[0]["cams"][name]) for name in self.cameras])
+        repeat = (len(frames), 1, 1)
+        results["img_inputs"] = (images, _as_tensor(sensor_poses), _as_tensor(ego_poses),
+                                 intrinsics.repeat(repeat), post_augs.repeat(repeat))
+        results["sensor2sensorego"], results["sensorego2global"] = results["img_inputs"][1:3]
+        results["sensorego2sensor"] = _as_tensor([rigid_inverse(pose) for pose in sensor_poses])
+        results["global2sensorego"] = _as_tensor([rigid_inverse(pose) for pose in ego_poses])
+        results["lidar2img"] = lidar_to_image(frames[0], self.cameras, post_augs, self.dtype)
+        results["ego2lidar"] = _as_tensor([rigid_inverse(lidar_to_ego(frames[0]))])
+        results["cam_names"] = self.cameras
+        return results
+
+    def _check_cameras(self, frames: Sequence[Mapping]) -> None:
+        for frame in frames:
+            if missing := [name for name in self.cameras if name not in frame["cams"]]:
+                raise DataError(f"PrepareImageInputs: sample {frame['token']} has no cameras {missing}; "
+                                f"it has {sorted(frame['cams'])}")
+
+    def _images(self, results: Mapping, frames: Sequence[Mapping]) -> tuple[Tensor, list[ImageAugmentation]]:
+        """Normalised images, camera-major, and the augmentation of each camera, which all its frames share."""
+        height, width = self.data_config["input_size"]
+        out = np.empty((len(self.cameras), len(frames), 3, height, width), np.float32)
+        info_file = results.get("info_file")
+        draw = ImageAugmentation.sample if self.is_train else ImageAugmentation.for_test
+        augmentations = []
+        for c, name in enumerate(self.cameras):
+            paths = [frame["cams"][name]["data_path"] for frame in frames]
+            what = [f"PrepareImageInputs: sample {frame['token']}, {name}" for frame in frames]
+            with self.reader.open(paths[0], info_file, what[0]) as header:
+                augmentations.append(draw(self.data_config, header.size))
+            for f, path in enumerate(paths):
+                normalise(self.reader.read(path, augmentations[c], info_file, what[f]), out=out[c, f])
+        return torch.from_numpy(out).flatten(0, 1), augmentations

@@ -1,0 +1,1 @@
+"""Drawn data in the nuScenes layout, for trying things without a download."""
