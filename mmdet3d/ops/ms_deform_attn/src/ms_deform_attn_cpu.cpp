@@ -69,19 +69,32 @@ MMDET3D_INLINE void attend(const Args<T>& args, int64_t sample, int64_t query, i
   const T* location = args.locations + index * s.levels * s.points * 2;
   const T* weight = args.weights + index * s.levels * s.points;
   T* out = args.out + index * channels;
-  std::fill(out, out + channels, T(0));
+  T registers[Channels > 0 ? Channels : 1];
+  T* sum = Channels > 0 ? registers : out;
+  std::fill(sum, sum + channels, T(0));
   Taps<T> taps;
   for (int64_t l = 0; l < s.levels; ++l) {
     for (int64_t p = 0; p < s.points; ++p, location += 2, ++weight) {
       if (!find_taps(args.levels[l], location, taps)) continue;
+      if (taps.on_map[0] && taps.on_map[3]) {  // then all are: no branch for each
+        const T* first = value + taps.row[0] * stride;
+        const T* second = value + taps.row[2] * stride;
+        const T w0 = *weight * taps.weight[0], w1 = *weight * taps.weight[1];
+        const T w2 = *weight * taps.weight[2], w3 = *weight * taps.weight[3];
+        for (int64_t c = 0; c < channels; ++c) {
+          sum[c] += w0 * first[c] + w1 * first[c + stride] + w2 * second[c] + w3 * second[c + stride];
+        }
+        continue;
+      }
       for (int t = 0; t < 4; ++t) {
         if (!taps.on_map[t]) continue;
         const T tap_weight = *weight * taps.weight[t];
         const T* pixel = value + taps.row[t] * stride;
-        for (int64_t c = 0; c < channels; ++c) out[c] += tap_weight * pixel[c];
+        for (int64_t c = 0; c < channels; ++c) sum[c] += tap_weight * pixel[c];
       }
     }
   }
+  if (Channels > 0) std::copy(sum, sum + channels, out);
 }
 
 template <typename T>
