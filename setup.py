@@ -77,6 +77,8 @@ def operator_extension():
         extension = CUDAExtension
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and (architectures := cuda_architectures()):
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        macros = [("MMDET3D_WITH_CUDA", None), ("MMDET3D_CUDA_ARCH", f'\\"{architectures}\\"')]
     module = extension(
         "mmdet3d.ops._C", sources, include_dirs=[str(ROOT / "mmdet3d/ops/src")],
         extra_compile_args=flags, extra_link_args=openmp,

@@ -35,9 +35,13 @@ def load_error() -> str | None:
     return _error
 
 
+# Asked once: a compiled graph cannot call an operator that returns no tensor.
+_BUILT_WITH_CUDA: bool = AVAILABLE and torch.ops.mmdet3d.built_with_cuda()
+
+
 def built_with_cuda() -> bool:
     """Whether the compiled library holds CUDA kernels."""
-    return AVAILABLE and torch.ops.mmdet3d.built_with_cuda()
+    return _BUILT_WITH_CUDA
 
 
 def use_compiled(tensor: torch.Tensor) -> bool:

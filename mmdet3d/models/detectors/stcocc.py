@@ -207,16 +207,20 @@ class STCOcc(BaseDetector):
         Raises:
             ValueError: a target is missing.
         """
-        scales = [2 ** (s + 1) for s in range(self.num_stage)]
-        names = [f"voxel_semantics_1_{scale}" for scale in scales]
-        if missing := [name for name in names if targets.get(name) is None]:
-            raise ValueError(f"forward_train needs {missing}; got {sorted(targets)}")
-        if self.flow_head is not None and voxel_flows is None:
-            raise ValueError("forward_train needs voxel_flows, because the model has a flow head")
         prediction, features = self.run(img_inputs, img_metas, self.memory)
         self.memory = prediction.memory
+        return self.losses(prediction, features.depth, gt_depth, voxel_semantics, voxel_flows, **targets)
+
+    def losses(self, prediction: Prediction, depth: Tensor, gt_depth: Tensor, voxel_semantics: Tensor,
+               voxel_flows: Tensor | None = None, **targets: Any) -> dict[str, Tensor]:
+        """Losses of a prediction with depth probability [B * N, D, h, w]; targets as :meth:`forward_train`."""
+        names = [f"voxel_semantics_1_{2 ** (s + 1)}" for s in range(self.num_stage)]
+        if missing := [name for name in names if targets.get(name) is None]:
+            raise ValueError(f"training needs {missing}; got {sorted(targets)}")
+        if self.flow_head is not None and voxel_flows is None:
+            raise ValueError("training needs voxel_flows, because the model has a flow head")
         transform = self.forward_projection.img_view_transformer
-        losses = {"loss_depth": depth_loss(features.depth, gt_depth, transform.downsample, transform.depth_range,
+        losses = {"loss_depth": depth_loss(depth, gt_depth, transform.downsample, transform.depth_range,
                                            transform.loss_depth_weight)}
         losses.update(self.voxel_losses([prediction.semantic_logits, *prediction.stage_logits],
                                         [voxel_semantics, *(targets[name] for name in names)]))

@@ -3,6 +3,8 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include <string>
+
 TORCH_LIBRARY_FRAGMENT(mmdet3d, m) {
   // Asked by mmdet3d.utils.env: a library built without CUDA kernels has no CUDA implementation to offer.
   m.def("built_with_cuda() -> bool", [] {
@@ -12,6 +14,10 @@ TORCH_LIBRARY_FRAGMENT(mmdet3d, m) {
     return false;
 #endif
   });
+#ifdef MMDET3D_CUDA_ARCH
+  // The TORCH_CUDA_ARCH_LIST of the build.
+  m.def("cuda_architectures() -> str", [] { return std::string(MMDET3D_CUDA_ARCH); });
+#endif
 }
 
 extern "C" PyObject* PyInit__C(void) {
