@@ -45,10 +45,10 @@ def fit_text(text: str, face: ImageFont.ImageFont, width: int) -> str:
 
 def draw_arrow(draw: ImageDraw.ImageDraw, start: Sequence[float], end: Sequence[float], width: float = 2.0,
                color: tuple[int, int, int] = INK, halo: tuple[int, int, int] = PAPER) -> None:
-    """Arrow between two pixel positions, with a halo so that it can be seen on every colour."""
+    """Arrow between two pixel positions, with a halo so that it can be seen on every colour; very short: none."""
     start, end = np.asarray(start, float), np.asarray(end, float)
     length = np.linalg.norm(end - start)
-    if not np.isfinite(length) or length < 1:
+    if not np.isfinite(length) or length < 3 * width:
         return
     along = (end - start) / length
     across = np.array([-along[1], along[0]])

@@ -1,0 +1,178 @@
+"""Predict occupancy and flow for the frames of an info file, and draw them.
+
+    python tools/infer.py config/stcocc/stcocc-r50-16f-openocc-12e.py --checkpoint work_dirs/run/latest.pth \
+        --infos data/nuscenes/stcocc-nuscenes_infos_val.pkl --limit 10
+
+Without --infos it draws a short drive by itself and runs on that; without --checkpoint the weights are random, which
+shows that everything works but predicts nothing. For each frame it writes <out>/<scene>/<token>.npz (semantics, flow)
+and <out>/<scene>/<token>.png, and at the end <out>/summary.json.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="config file of the model")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights; default: random ones")
+    parser.add_argument("--allow-unsafe-checkpoint", action="store_true",
+                        help="read a checkpoint that could run code: only from people you trust")
+    parser.add_argument("--infos", metavar="FILE", help="info pickle; default: a drawn drive of three frames")
+    parser.add_argument("--out", metavar="DIR", default="outputs/infer", help="where to write (%(default)s)")
+    parser.add_argument("--device", help="such as cpu or cuda:1; default: a CUDA device if there is one")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N frames")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the flow head (%(default)s)")
+    parser.add_argument("--no-picture", action="store_true", help="write predictions only")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit must be at least 1, got {args.limit}")
+    return args
+
+
+def say(text: str) -> None:
+    """Write a line without breaking the progress display."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def replace_file(path: Path, write) -> None:
+    """Let ``write`` fill a temporary file and rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def output_stem(out: Path, scene: str, token: str) -> Path:
+    """``<out>/<scene>/<token>``; names that could lead elsewhere are refused, since info files may be anybody's."""
+    for kind, name in (("scene", scene), ("token", token)):
+        if not re.fullmatch(r"[\w.\-]+", name) or set(name) == {"."}:
+            raise ValueError(f"the {kind} name {name!r} of the info file cannot be used as a file name")
+    return out / scene / token
+
+
+def prefetch(frames: Sequence, count: int) -> Iterator:
+    """The first ``count`` frames; the next one is read while the current one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(frames.__getitem__, 0)
+        for index in range(count):
+            frame = coming.result()
+            if index + 1 < count:
+                coming = pool.submit(frames.__getitem__, index + 1)
+            yield frame
+
+
+def draw(path: Path, frame, semantics, flow, settings, notes: list[str]) -> None:
+    """Write the picture of one frame."""
+    from PIL import Image
+
+    from mmdet3d.core.visualization.occupancy import compose_frame, save_png
+
+    images = {name: Image.open(file) for name, file in frame.image_files.items()}
+    moving = flow if settings.labels.name == "openocc" or flow.any() else None
+    picture = compose_frame(images, semantics, moving, settings.labels, f"{frame.scene}   {frame.token}", notes,
+                            point_cloud_range=settings.point_cloud_range)
+    save_png(picture, path)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Predict all frames; the summary."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from mmdet3d.apis.inference import FrameSettings, init_model, load_config, open_frames, predict
+    from mmdet3d.datasets.synthetic.demo_frame import write_demo
+
+    out = Path(args.out)
+    cfg = load_config(args.config)
+    settings = FrameSettings.from_config(cfg)
+    if args.infos is None:
+        say("no --infos: drawing a short drive")
+    info_file = args.infos or write_demo(out / "demo_frames")
+    frames = open_frames(cfg, info_file)  # before the model, which takes longer to find fault with
+    count = min(len(frames), args.limit or len(frames))
+    model = init_model(cfg, args.checkpoint, args.device, seed=args.seed, allow_unsafe=args.allow_unsafe_checkpoint)
+    weights = f"weights: {Path(args.checkpoint).name}" if args.checkpoint else "RANDOM WEIGHTS: not a prediction"
+    if model.random_weights:
+        say("no --checkpoint: the weights are random, the results mean nothing")
+    device = str(next(model.parameters()).device)
+    notes = [weights, Path(args.config).stem, settings.labels.name, "drawn images" if args.infos is None else ""]
+    records, memory = [], None
+    for frame in tqdm(prefetch(frames, count), total=count, unit="frame", disable=not sys.stderr.isatty()):
+        stem = output_stem(out, frame.scene, frame.token)
+        index = frame.img_metas[0]["index"]
+        torch.manual_seed(args.seed + index)  # the flow head draws noise: each frame's depends on nothing but itself
+        start = time.perf_counter()
+        result, memory = predict(model, frame, memory)
+        seconds = time.perf_counter() - start
+        semantics, flow = result["occ_results"][0], result["flow_results"][0]
+        prediction = stem.with_name(f"{stem.name}.npz")
+        replace_file(prediction, lambda f, s=semantics, v=flow: np.savez_compressed(f, semantics=s, flow=v))
+        record = {"index": int(index), "scene": frame.scene, "token": frame.token, "prediction": str(prediction),
+                  "seconds": round(seconds, 4), "occupied_voxels": int((semantics != settings.labels.free_index).sum())}
+        if not args.no_picture:
+            picture = stem.with_name(f"{stem.name}.png")
+            draw(picture, frame, semantics, flow, settings, [note for note in notes if note])
+            record["picture"] = str(picture)
+        say(record.get("picture", record["prediction"]))
+        records.append(record)
+    return {"config": args.config, "checkpoint": args.checkpoint, "random_weights": model.random_weights,
+            "infos": str(info_file), "device": device, "seed": args.seed, "dataset_name": settings.labels.name,
+            "frames": records}
+
+
+def finish(summary: dict, out: Path) -> None:
+    """Write the summary and say what was done."""
+    path = out / "summary.json"
+    replace_file(path, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+    seconds = [record["seconds"] for record in summary["frames"]]
+    later = seconds[1:] or seconds
+    say(f"{len(seconds)} frames on {summary['device']}: first {seconds[0]:.2f} s, then {sum(later) / len(later):.2f} s "
+        f"per frame for the model")
+    if summary["random_weights"]:
+        say("random weights: use --checkpoint for real predictions")
+    say(f"summary: {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 0 on success, 2 after an error, which is told in one line."""
+    args = parse_args(argv)
+    try:
+        finish(run(args), Path(args.out))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
+        if args.debug:
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        known = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("mmdet3d")
+        print(f"error: {text if known else f'{type(error).__name__}: {text}'} (--debug shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
