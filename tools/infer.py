@@ -147,10 +147,9 @@ def finish(summary: dict, out: Path) -> None:
     """Write the summary and say what was done."""
     path = out / "summary.json"
     replace_file(path, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
-    seconds = [record["seconds"] for record in summary["frames"]]
-    later = seconds[1:] or seconds
-    say(f"{len(seconds)} frames on {summary['device']}: first {seconds[0]:.2f} s, then {sum(later) / len(later):.2f} s "
-        f"per frame for the model")
+    first, *later = [record["seconds"] for record in summary["frames"]]
+    text = f"{1 + len(later)} frame{'s' if later else ''} on {summary['device']}, time in the model: {first:.2f} s"
+    say(text + (f" for the first, then {sum(later) / len(later):.2f} s each" if later else ""))
     if summary["random_weights"]:
         say("random weights: use --checkpoint for real predictions")
     say(f"summary: {path}")
