@@ -75,7 +75,7 @@ def _decorate(image: Image.Image, grid: OccupancyGrid, arrows: np.ndarray) -> No
 
     _draw_car(draw, pixel)
     for x, y, _, vx, vy in arrows:
-        draw_arrow(draw, pixel(x, y), pixel(x + vx, y + vy), width=1.6 * smooth)
+        draw_arrow(draw, pixel(x, y), pixel(x + vx, y + vy), width=max(1.4, image.width / 330) * smooth)
     image.paste(overlay.convert("RGB").resize(image.size, Image.Resampling.BOX),
                 mask=overlay.getchannel("A").resize(image.size, Image.Resampling.BOX))
     _draw_scale_bar(image, scale[1])
