@@ -14,7 +14,7 @@ FLOW_SEED = 5
 
 def compare(golden, key, tensor, generator):
     """Sum of magnitudes within 1e-4 relative, and 99.9 % of the samples within 1e-3 of the spread."""
-    sums, sample = generator.summary(tensor)
+    sums, sample = generator.summary(tensor.cpu())
     wanted = golden[f"{key}/sample"]
     assert sums[1] == pytest.approx(golden[f"{key}/sums"][1], rel=1e-4), key
     error = np.abs(sample - wanted) / max(wanted.std(), 1e-12)

@@ -42,7 +42,7 @@ class BEVDetStereoForwardProjection(BaseModule):
     computed without gradient (but, in training, with batch statistics, as in the reference implementation).
 
     Args:
-        img_backbone: Config of the image backbone (ResNet) whose first output is the stereo feature.
+        img_backbone: Config of the image backbone (:class:`ResNet`) whose first output is the stereo feature.
         img_neck: Config of the image neck.
         img_view_transformer: Config of the view transform.
         img_bev_encoder_backbone: Config of the 3D encoder.
@@ -89,7 +89,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         images, cameras = split_frames(img_inputs, self.num_cams, self.num_frames)
         bda = img_inputs[5]
         with torch.no_grad():
-            oldest_stereo = self.stereo_feature(images[2].flatten(0, 1)) if self.with_prev else None
+            oldest_stereo = self.img_backbone.first_stage(images[2].flatten(0, 1)) if self.with_prev else None
             earlier = self.frame_features(images[1].flatten(0, 1))
             earlier_volume = self._earlier_volume(earlier, oldest_stereo, cameras, bda) if self.with_prev else None
         key = self.frame_features(images[0].flatten(0, 1))
@@ -113,9 +113,3 @@ class BEVDetStereoForwardProjection(BaseModule):
         stereo, *deep = self.img_backbone(images)
         neck = self.img_neck(deep)
         return _FrameFeatures(stereo, neck[0] if isinstance(neck, list | tuple) else neck)
-
-    def stereo_feature(self, images: Tensor) -> Tensor:
-        """Only the stem and the first residual stage, [M, 3, H, W] -> [M, 256, H / 4, W / 4]."""
-        backbone = self.img_backbone
-        x = backbone.stem(images) if backbone.deep_stem else backbone.relu(backbone.norm1(backbone.conv1(images)))
-        return getattr(backbone, backbone.res_layers[0])(backbone.maxpool(x))

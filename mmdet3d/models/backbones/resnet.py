@@ -1,0 +1,51 @@
+"""The image backbone: mmdet's ResNet with activation checkpointing that current PyTorch accepts."""
+
+from __future__ import annotations
+
+from mmdet.models.backbones.resnet import ResNet as MMDetResNet
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmdet3d.registry import BACKBONES
+
+
+@BACKBONES.register_module()
+class ResNet(MMDetResNet):
+    """ResNet (He et al. arXiv 1512.03385) with the parameter names of torchvision and mmdet.
+
+    mmdet 2.28 checkpoints residual blocks without saying which of PyTorch's two ways it wants, which newer releases
+    refuse. Here it is the re-entrant way, which, as in the published training, updates the running statistics of the
+    batch norms a second time when a block is recomputed.
+
+    Args:
+        *args: As mmdet's ResNet.
+        with_cp: Recompute every residual block in the backward pass to save memory.
+        **kwargs: As mmdet's ResNet.
+    """
+
+    def __init__(self, *args, with_cp: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the stages ``out_indices`` for images [M, 3, H, W]."""
+        x = self._stem(x)
+        outputs = []
+        for index in range(len(self.res_layers)):
+            x = self._stage(x, index)
+            if index in self.out_indices:
+                outputs.append(x)
+        return tuple(outputs)
+
+    def first_stage(self, x: Tensor) -> Tensor:
+        """Output of the first residual stage alone, [M, 3, H, W] -> [M, C, H / 4, W / 4]."""
+        return self._stage(self._stem(x), 0)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        x = self.stem(x) if self.deep_stem else self.relu(self.norm1(self.conv1(x)))
+        return self.maxpool(x)
+
+    def _stage(self, x: Tensor, index: int) -> Tensor:
+        for block in getattr(self, self.res_layers[index]):
+            x = checkpoint(block, x, use_reentrant=True) if self.with_cp and x.requires_grad else block(x)
+        return x
