@@ -79,14 +79,24 @@ setup_check_compiler() {
   for name in "${CXX:-}" c++ g++ clang++; do
     if [[ -n $name ]] && command -v "${name%% *}" >/dev/null; then
       export CXX=$name
-      if ! echo 'int main() { if (int i = 0; i) return 1; }' | $CXX -std=c++17 -x c++ -fsyntax-only - 2>/dev/null; then
-        setup_problem "the C++ compiler $CXX cannot compile C++17" "install g++ 9 or newer, or set CXX to such a compiler"
-      fi
+      setup_compiler_works || setup_problem "the C++ compiler $CXX cannot make a C++17 library with OpenMP" \
+        "install g++ 9 or newer and set CXX=g++ (clang++ also needs libomp-dev)"
       return 0
     fi
   done
   setup_problem "no C++ compiler (g++) on PATH; the operators are compiled here" \
     "install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX"
+}
+
+setup_compiler_works() {  # the flags of setup.py
+  local product=${TMPDIR:-/tmp}/stcocc-check-$$.so flags=(-std=c++17 -shared -fPIC) code=0
+  [[ $OSTYPE != linux* ]] || flags+=(-fopenmp)
+  # CXX may hold flags of its own
+  # shellcheck disable=SC2086
+  printf '#include <vector>\nint f() { if (std::vector<int> v; v.empty()) return 1; return 0; }\n' \
+    | $CXX "${flags[@]}" -x c++ - -o "$product" 2>/dev/null || code=1
+  rm -f "$product"
+  return $code
 }
 
 setup_check_space() {
