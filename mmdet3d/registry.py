@@ -97,8 +97,8 @@ def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | 
     Raises:
         ConfigError: ``cfg`` is no mapping, has no ``type``, names an unknown type, or passes keys that the type does
             not take. Keys listed in the type's class attribute ``ignored_config_keys`` (published configs set them,
-            nothing reads them) are accepted and dropped. A ``TypeError`` or ``ValueError`` of the constructor is
-            reported with the place in the config.
+            nothing reads them) are accepted and dropped. A ``TypeError``, ``ValueError`` or ``KeyError`` of the
+            constructor is reported with the place in the config.
     """
     path = _config_path.get() or "config"
     if not isinstance(cfg, Mapping):
@@ -120,6 +120,8 @@ def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | 
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {cls.__name__}: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"{path}: {cls.__name__}: KeyError {error}") from error
 
 
 def build(cfg: Mapping, place: str = "", **default_args: Any) -> Any:

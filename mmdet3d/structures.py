@@ -34,12 +34,12 @@ class VoxelGrid:
         for axis in "xyz":
             if axis not in grid_config or len(grid_config[axis]) != 3:
                 raise ValueError(f"grid_config needs {axis}=[low, high, cell], got {grid_config.get(axis)}")
-            axes.append(tuple(float(v) for v in grid_config[axis]))
-        grid = cls(*(tuple(values) for values in zip(*axes, strict=True)))
-        for axis, (low, high, cell), count in zip("xyz", axes, grid.size_xyz, strict=True):
-            if cell <= 0 or count < 1 or abs(count * cell - (high - low)) > 1e-3 * cell:
+            low, high, cell = (float(v) for v in grid_config[axis])
+            count = (high - low) / cell if cell > 0 else 0
+            if round(count) < 1 or abs(round(count) - count) > 1e-3:
                 raise ValueError(f"grid_config {axis}=[{low}, {high}, {cell}] holds no whole number of voxels")
-        return grid
+            axes.append((low, high, cell))
+        return cls(*(tuple(values) for values in zip(*axes, strict=True)))
 
     @property
     def size_xyz(self) -> tuple[int, int, int]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmdet3d.registry import ConfigError
+from mmdet3d.structures import VoxelGrid
+
+PLACE = "model.backward_projection"
 
 
 def stage_configs(finest: Mapping, num_stage: int, num_layers: Sequence[int]) -> list[dict]:
@@ -20,35 +24,45 @@ def stage_configs(finest: Mapping, num_stage: int, num_layers: Sequence[int]) ->
         num_layers: Transformer layers per stage, coarsest first.
 
     Raises:
-        ConfigError: ``num_layers`` has not S entries, or a size cannot be halved.
+        ConfigError: ``num_layers`` has not S entries, a part is missing, or a size cannot be halved.
+        ValueError: ``grid_config`` is no grid, or an axis cannot be halved.
     """
     if len(num_layers) != num_stage:
-        raise ConfigError(f"backward_num_layer={list(num_layers)} must have num_stage={num_stage} entries, coarsest first")
+        raise ConfigError(f"backward_num_layer={list(num_layers)} must have num_stage={num_stage} entries, "
+                          "coarsest first")
     stages = [copy.deepcopy(dict(finest))]
     for _ in range(num_stage - 1):
         stages.append(_coarser(stages[-1]))
     for stage, layers in zip(stages, reversed(num_layers), strict=True):
-        stage["transformer"]["encoder"]["num_layers"] = layers
-    stages[-1]["transformer"]["encoder"]["first_stage"] = True
+        _part(stage, "transformer", "encoder")["num_layers"] = layers
+    _part(stages[-1], "transformer", "encoder")["first_stage"] = True
     return stages
 
 
 def _coarser(stage: Mapping) -> dict:
     coarse = copy.deepcopy(stage)
-    encoder = coarse["transformer"]["encoder"]
+    encoder = _part(coarse, "transformer", "encoder")
     for key in ("bev_h", "bev_w", "bev_z"):
         _halve(coarse, key)
     for key in ("row_num_embed", "col_num_embed"):
-        _halve(coarse["positional_encoding"], key)
-    temporal, spatial = encoder["transformerlayers"]["attn_cfgs"]
-    for attention in (temporal, spatial["deformable_attention"]):
+        _halve(_part(coarse, "positional_encoding"), key)
+    temporal, spatial = _part(coarse, "transformer", "encoder", "transformerlayers", "attn_cfgs")
+    for attention in (temporal, _part(spatial, "deformable_attention", place=f"{PLACE}...attn_cfgs[1]")):
         for key in ("num_points", "num_Z_anchors"):
             _halve(attention, key)
-    grid = encoder["grid_config"]
-    for axis in "xyz":
-        low, high, cell = grid[axis]
-        grid[axis] = [low, high, 2 * cell]
+    grid = VoxelGrid.from_config(_part(coarse, "transformer", "encoder", "grid_config")).coarsen(2)
+    encoder["grid_config"].update({axis: list(values) for axis, *values in zip("xyz", grid.low, grid.high, grid.cell,
+                                                                              strict=True)})
     return coarse
+
+
+def _part(config: Mapping, *path: str, place: str = PLACE) -> Any:
+    """The entry below ``config``, which ``place`` names, that the keys of ``path`` lead to."""
+    for key in path:
+        if key not in config:
+            raise ConfigError(f"{place}: the key {key!r} is missing; found {sorted(config)}")
+        config, place = config[key], f"{place}.{key}"
+    return config
 
 
 def _halve(config: dict, key: str) -> None:
