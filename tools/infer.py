@@ -10,10 +10,7 @@ and <out>/<scene>/<token>.png, and at the end <out>/summary.json.
 
 import argparse
 import json
-import os
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,28 +47,6 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def replace_file(path: Path, write) -> None:
-    """Let ``write`` fill a temporary file and rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def output_stem(out: Path, scene: str, token: str) -> Path:
-    """``<out>/<scene>/<token>``; names that could lead elsewhere are refused, since info files may be anybody's."""
-    for kind, name in (("scene", scene), ("token", token)):
-        if not re.fullmatch(r"[\w.\-]+", name) or set(name) == {"."}:
-            raise ValueError(f"the {kind} name {name!r} of the info file cannot be used as a file name")
-    return out / scene / token
-
-
 def prefetch(frames: Sequence, count: int) -> Iterator:
     """The first ``count`` frames; the next one is read while the current one is worked on."""
     with ThreadPoolExecutor(1) as pool:
@@ -98,12 +73,12 @@ def draw(path: Path, frame, semantics, flow, settings, notes: list[str]) -> None
 
 def run(args: argparse.Namespace) -> dict:
     """Predict all frames; the summary."""
-    import numpy as np
     import torch
     from tqdm import tqdm
 
     from mmdet3d.apis.inference import FrameSettings, init_model, load_config, open_frames, predict
     from mmdet3d.datasets.synthetic.demo_frame import write_demo
+    from mmdet3d.utils.files import prediction_path, save_prediction
 
     out = Path(args.out)
     cfg = load_config(args.config)
@@ -121,19 +96,18 @@ def run(args: argparse.Namespace) -> dict:
     notes = [weights, Path(args.config).stem, settings.labels.name, "drawn images" if args.infos is None else ""]
     records, memory = [], None
     for frame in tqdm(prefetch(frames, count), total=count, unit="frame", disable=not sys.stderr.isatty()):
-        stem = output_stem(out, frame.scene, frame.token)
+        prediction = prediction_path(out, frame.scene, frame.token)
         index = frame.img_metas[0]["index"]
         torch.manual_seed(args.seed + index)  # the flow head draws noise: each frame's depends on nothing but itself
         start = time.perf_counter()
         result, memory = predict(model, frame, memory)
         seconds = time.perf_counter() - start
         semantics, flow = result["occ_results"][0], result["flow_results"][0]
-        prediction = stem.with_name(f"{stem.name}.npz")
-        replace_file(prediction, lambda f, s=semantics, v=flow: np.savez_compressed(f, semantics=s, flow=v))
+        save_prediction(prediction, semantics, flow)
         record = {"index": int(index), "scene": frame.scene, "token": frame.token, "prediction": str(prediction),
                   "seconds": round(seconds, 4), "occupied_voxels": int((semantics != settings.labels.free_index).sum())}
         if not args.no_picture:
-            picture = stem.with_name(f"{stem.name}.png")
+            picture = prediction.with_suffix(".png")
             draw(picture, frame, semantics, flow, settings, [note for note in notes if note])
             record["picture"] = str(picture)
         say(record.get("picture", record["prediction"]))
@@ -145,8 +119,11 @@ def run(args: argparse.Namespace) -> dict:
 
 def finish(summary: dict, out: Path) -> None:
     """Write the summary and say what was done."""
+    from mmdet3d.utils.files import atomic_write
+
     path = out / "summary.json"
-    replace_file(path, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+    with atomic_write(path) as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode())
     first, *later = [record["seconds"] for record in summary["frames"]]
     text = f"{1 + len(later)} frame{'s' if later else ''} on {summary['device']}, time in the model: {first:.2f} s"
     say(text + (f" for the first, then {sum(later) / len(later):.2f} s each" if later else ""))

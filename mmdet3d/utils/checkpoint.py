@@ -13,7 +13,6 @@ import logging
 import os
 import pickle
 import re
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from mmdet3d.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -350,21 +351,13 @@ def save_checkpoint(state: Any, path: str | os.PathLike) -> Path:
         CheckpointError: the file cannot be written, for example because the disk is full; the old file is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with atomic_write(path, sync=True) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = _system_error(error)
         raise CheckpointError(f"{path}: could not be written ({reason}); "
                               f"{'the old file is unchanged' if path.is_file() else 'no file was made'}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -18,7 +18,8 @@ def test_state_dict_equals_the_reference(shared, name):
     assert {key: list(value.shape) for key, value in state.items()} == golden
     assert list(state) == list(golden)
     lines = (shared / f"spec/state_dict_{name}.txt").read_text().splitlines()
-    assert [f"{key} {tuple(value.shape)} {value.dtype}" for key, value in state.items()] == [line.strip() for line in lines]
+    described = [f"{key} {tuple(value.shape)} {value.dtype}" for key, value in state.items()]
+    assert described == [line.strip() for line in lines]
 
 
 @pytest.mark.slow

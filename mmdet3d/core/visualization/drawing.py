@@ -1,7 +1,6 @@
 """Small drawing helpers shared by the pictures: fonts, arrows, labels, class legend, safe saving."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mmdet3d.datasets.labels import LabelSet
+from mmdet3d.utils.files import atomic_write
 
 INK = (30, 32, 38)
 PAPER = (255, 255, 255)
@@ -103,14 +103,6 @@ def draw_legend(labels: LabelSet, width: int, present: Sequence[int] | None = No
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
     """Write a PNG under a temporary name and rename it, so that no half-written picture is ever seen."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".png")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
     return path

@@ -9,7 +9,6 @@ import io
 import math
 import os
 import pickle
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 
 from mmdet3d.datasets.geometry import pose_matrix
 from mmdet3d.datasets.labels import CAMERAS
+from mmdet3d.utils.files import atomic_write
 
 INFO_FILE = "demo_infos.pkl"
 SCENE = "demo-scene"
@@ -240,15 +240,6 @@ def _draw(record: dict, boxes: list[_Box], travelled: float, seconds: float, shr
     return picture.resize(_SIZE, Image.Resampling.BICUBIC)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
-
-
 def demo_infos(frames: int = 3) -> list[dict]:
     """Info records of the drive, in the schema of real info files; file names are relative to the folder."""
     infos = []
@@ -288,12 +279,14 @@ def write_demo(folder: str | os.PathLike, frames: int = 3, shrink: int = 2) -> P
         seconds, record = job[0] * _INTERVAL, job[1]
         buffer = io.BytesIO()
         _draw(record, boxes, _SPEED * seconds, seconds, shrink).save(buffer, "JPEG", quality=92)
-        _write(folder / record["data_path"], buffer.getvalue())
+        with atomic_write(folder / record["data_path"]) as file:
+            file.write(buffer.getvalue())
 
     jobs = [(n, record) for n, info in enumerate(infos) for record in info["cams"].values()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy works outside the interpreter lock
         for _ in pool.map(draw, jobs):
             pass
     content = {"infos": infos, "metadata": {"version": "demo"}}
-    _write(folder / INFO_FILE, pickle.dumps(content, protocol=4))
+    with atomic_write(folder / INFO_FILE) as file:
+        pickle.dump(content, file, protocol=4)
     return folder / INFO_FILE

@@ -45,8 +45,8 @@ def anchor_points(bev_size: tuple[int, int], num_heights: int, pc_range: Sequenc
     y = (torch.arange(height) + 0.5) / height
     x = (torch.arange(width) + 0.5) / width
     y, x, z = torch.meshgrid(y, x, z, indexing="ij")  # [Y, X, Z] each
-    points = torch.stack([x * extent[0] + low[0], y * extent[1] + low[1], z * extent[2] + low[2], torch.ones_like(x)], -1)
-    return points.flatten(0, 1)
+    metric = [axis * size + start for axis, size, start in zip((x, y, z), extent, low, strict=True)]
+    return torch.stack([*metric, torch.ones_like(x)], -1).flatten(0, 1)
 
 
 def project_anchors(points: Tensor, image_from_ego: Tensor, image_size: tuple[int, int], *,

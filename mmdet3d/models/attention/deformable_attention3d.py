@@ -41,8 +41,8 @@ class OA_MSDeformableAttention3D(BaseModule):  # noqa: N801  (name used by confi
                  softmax_depth: bool = True, init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if embed_dims % num_heads or num_levels != 1:
-            raise ValueError(f"embed_dims={embed_dims} must divide by num_heads={num_heads}, and num_levels={num_levels} "
-                             "must be 1")
+            raise ValueError(f"num_heads={num_heads} must divide embed_dims={embed_dims}, and num_levels must be 1, "
+                             f"got {num_levels}")
         self.num_heads, self.num_points = num_heads, num_points
         self.sigma = sigma
         self.squared_sigma = squared_sigma

@@ -44,9 +44,9 @@ class BEVFormerEncoder(BaseModule):
     ignored_config_keys = frozenset({"return_intermediate", "group_list", "num_points_in_pillar"})
 
     def __init__(self, transformerlayers: Mapping, num_layers: int, pc_range: Sequence[float], grid_config: Mapping,
-                 data_config: Mapping, num_cam: int = 6, predictor_in_channels: int = 96, predictor_out_channels: int = 96,
-                 predictor_num_calsses: int = 18, first_stage: bool = False, use_temporal: bool = True,
-                 legacy_axis_swap: bool = True, legacy_anchor_heights: bool = True, trainable_recurrence: bool = False,
+                 data_config: Mapping, num_cam: int = 6, predictor_in_channels: int = 96,
+                 predictor_out_channels: int = 96, predictor_num_calsses: int = 18, first_stage: bool = False,
+                 use_temporal: bool = True, legacy_axis_swap: bool = True, legacy_anchor_heights: bool = True, trainable_recurrence: bool = False,
                  refresh_value_queue: bool = False, init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if not use_temporal:
@@ -59,7 +59,8 @@ class BEVFormerEncoder(BaseModule):
         self.layers = nn.ModuleList(build(transformerlayers, f"transformerlayers[{i}]") for i in range(num_layers))
         num_z, *bev_size = self.grid.size_zyx
         self.bev_size = tuple(bev_size)
-        self.occ_predictor = OccupancyPredictor(predictor_in_channels, predictor_out_channels, num_z, predictor_num_calsses)
+        self.occ_predictor = OccupancyPredictor(
+            predictor_in_channels, predictor_out_channels, num_z, predictor_num_calsses)
         self.recurrences = num_layers - int(first_stage)
         if trainable_recurrence:
             self.recurrence_weights = nn.Parameter(torch.full((self.recurrences,), RECURRENCE_WEIGHT))

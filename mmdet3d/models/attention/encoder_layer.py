@@ -70,7 +70,8 @@ class BEVFormerEncoderLayer(BaseModule):
             context: What all layers share.
         """
         temporal, spatial = self.attentions
-        query = self.norms[0](temporal(query, context.query_pos, values, reference_points, visibility, context.bev_size))
-        query = self.norms[1](spatial(query, context.query_pos, context.tokens, context.anchors, visibility, context.depth))
+        pos = context.query_pos
+        query = self.norms[0](temporal(query, pos, values, reference_points, visibility, context.bev_size))
+        query = self.norms[1](spatial(query, pos, context.tokens, context.anchors, visibility, context.depth))
         bev = query.transpose(1, 2).unflatten(2, context.bev_size)
         return self.convs[0](bev).flatten(2).transpose(1, 2)

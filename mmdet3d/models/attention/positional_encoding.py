@@ -36,8 +36,9 @@ class CustomLearnedPositionalEncoding(BaseModule):
         columns = _flipped_where(self.col_embed.weight, bda[:, 0, 0] != 1)  # [B, X, F]
         rows = _flipped_where(self.row_embed.weight, bda[:, 1, 1] != 1)  # [B, Y, F]
         height, width = rows.shape[1], columns.shape[1]
-        encoding = torch.cat([columns[:, None].expand(-1, height, -1, -1), rows[:, :, None].expand(-1, -1, width, -1)], -1)
-        return encoding.flatten(1, 2)
+        columns = columns[:, None].expand(-1, height, -1, -1)
+        rows = rows[:, :, None].expand(-1, -1, width, -1)
+        return torch.cat([columns, rows], -1).flatten(1, 2)
 
 
 def _flipped_where(table: Tensor, flip: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
         dropout: Dropout of the output.
         scrambled_reduction: See :func:`scrambled_mean`; False uses :func:`queue_mean`.
         interleaved_history_rows: The history seen by the offset and weight predictors is the first B rows of the
-            interleaved queue (for B > 1 rows of other samples too), as the reference trains it. False: each sample's own.
+            interleaved queue (for B > 1 rows of other samples too), as the reference trains it. False: each sample's
+            own.
     """
 
     ignored_config_keys = frozenset({"im2col_step", "use_sampling", "norm_cfg", "batch_first"})
@@ -56,8 +57,8 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
                  interleaved_history_rows: bool = True, init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if embed_dims % num_heads or num_levels != 1:
-            raise ValueError(f"embed_dims={embed_dims} must divide by num_heads={num_heads}, and num_levels={num_levels} "
-                             "must be 1")
+            raise ValueError(f"num_heads={num_heads} must divide embed_dims={embed_dims}, and num_levels must be 1, "
+                             f"got {num_levels}")
         self.num_heads, self.num_points, self.num_queue = num_heads, num_points, num_bev_queue
         self.scrambled_reduction = scrambled_reduction
         self.interleaved_history_rows = interleaved_history_rows

@@ -16,7 +16,8 @@ from mmdet3d.registry import BACKBONES
 CONV3D, NORM3D = {"type": "Conv3d"}, {"type": "BN3d"}
 
 
-def conv3d_bn(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, relu: bool = True) -> ConvModule:
+def conv3d_bn(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, relu: bool = True
+              ) -> ConvModule:
     """3D convolution without bias, batch norm, and an optional ReLU."""
     return ConvModule(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False,
                       conv_cfg=CONV3D, norm_cfg=NORM3D, act_cfg={"type": "ReLU", "inplace": True} if relu else None)
@@ -54,19 +55,20 @@ class CustomResNet3D(BaseModule):
         num_channels: Channels of each stage.
         stride: Stride of each stage.
         backbone_output_ids: Stages whose output is returned.
-        adjust_number_channel: Channels of every output; outputs with another number are projected by 1x1x1 convolutions.
-            When the first stage has this number already, it is returned as it is.
+        adjust_number_channel: Channels of every output; outputs with another number are projected by 1x1x1
+            convolutions. When the first stage has this number already, it is returned as it is.
         with_cp: Recompute the stages in the backward pass to save memory.
     """
 
     def __init__(self, numC_input: int, num_layer: Sequence[int] = (2, 2, 2), num_channels: Sequence[int] | None = None,
                  stride: Sequence[int] = (2, 2, 2), backbone_output_ids: Sequence[int] | None = None,
-                 adjust_number_channel: int | None = None, with_cp: bool = False, init_cfg: Mapping | None = None) -> None:
+                 adjust_number_channel: int | None = None, with_cp: bool = False, init_cfg: Mapping | None = None
+                 ) -> None:
         super().__init__(init_cfg)
         channels = list(num_channels or [numC_input * 2 ** (i + 1) for i in range(len(num_layer))])
         if not len(num_layer) == len(channels) == len(stride):
-            raise ValueError(f"num_layer, num_channels and stride must be equally long, got {list(num_layer)}, {channels}, "
-                             f"{list(stride)}")
+            raise ValueError("num_layer, num_channels and stride must be equally long, "
+                             f"got {list(num_layer)}, {channels}, {list(stride)}")
         self.output_ids = tuple(range(len(num_layer)) if backbone_output_ids is None else backbone_output_ids)
         stages, previous = [], numC_input
         for blocks, width, step in zip(num_layer, channels, stride, strict=True):

@@ -35,8 +35,9 @@ class OccHead(BaseModule):
         "class_weights", "empty_idx", "use_group_refine", "group_list", "foreground_idx", "background_idx",
         "class_frequency", "bev_w", "bev_h", "bev_z"})
 
-    def __init__(self, num_classes: int, in_channels: int = 96, out_channels: int = 96, conv_before_predictor: bool = True,
-                 up_sample: bool = True, last_occ_unsample: bool = True, init_cfg: Mapping | None = None) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 96, out_channels: int = 96,
+                 conv_before_predictor: bool = True, up_sample: bool = True, last_occ_unsample: bool = True,
+                 init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if not (conv_before_predictor and up_sample and last_occ_unsample):
             raise ValueError("conv_before_predictor, up_sample and last_occ_unsample must be True")

@@ -29,15 +29,15 @@ class CustomFPN(BaseModule):
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, num_outs: int, start_level: int = 0,
                  end_level: int = -1, out_ids: Sequence[int] = (), add_extra_convs: bool = False,
-                 relu_before_extra_convs: bool = False, no_norm_on_lateral: bool = False, conv_cfg: Mapping | None = None,
-                 norm_cfg: Mapping | None = None, act_cfg: Mapping | None = None, upsample_cfg: Mapping | None = None,
-                 init_cfg: Mapping | None = None) -> None:
+                 relu_before_extra_convs: bool = False, no_norm_on_lateral: bool = False,
+                 conv_cfg: Mapping | None = None, norm_cfg: Mapping | None = None, act_cfg: Mapping | None = None,
+                 upsample_cfg: Mapping | None = None, init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg or {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
         if start_level != 0 or end_level not in (-1, len(in_channels)) or add_extra_convs or relu_before_extra_convs:
             raise ValueError("supported are start_level=0, end_level=-1 and no extra convolutions")
         if num_outs != len(out_ids) or any(not 0 <= level < len(in_channels) for level in out_ids):
-            raise ValueError(f"num_outs={num_outs} must be the number of out_ids={list(out_ids)}, which are levels below "
-                             f"{len(in_channels)}")
+            raise ValueError(f"num_outs={num_outs} must be the number of out_ids={list(out_ids)}, which are levels "
+                             f"below {len(in_channels)}")
         self.out_ids = tuple(out_ids)
         self.upsample_cfg = dict(upsample_cfg or {"mode": "nearest"})
         lateral_norm = None if no_norm_on_lateral else norm_cfg

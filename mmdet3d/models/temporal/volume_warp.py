@@ -70,6 +70,6 @@ def trilinear_taps(matrix: Tensor, size_zyx: tuple[int, int, int]) -> tuple[Tens
 
 
 def gather_rows(rows: Tensor, taps: tuple[Tensor, Tensor]) -> Tensor:
-    """Weighted sums of rows: rows [V, F], taps of :func:`trilinear_taps` [V, 8] -> [V, F]. Differentiable in ``rows``."""
+    """Weighted sums of rows [V, F] for taps [V, 8] of :func:`trilinear_taps`: [V, F], differentiable in ``rows``."""
     index, weight = taps
     return F.embedding_bag(index, rows, per_sample_weights=weight.to(rows.dtype), mode="sum")

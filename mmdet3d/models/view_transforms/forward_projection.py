@@ -62,8 +62,8 @@ class BEVDetStereoForwardProjection(BaseModule):
 
     def __init__(self, img_backbone: Mapping, img_neck: Mapping, img_view_transformer: Mapping,
                  img_bev_encoder_backbone: Mapping, num_adj: int = 1, adjust_channel: int | None = None,
-                 return_intermediate: bool = True, stereo_feat_index: int = 0, with_prev: bool = True, num_cams: int = 6,
-                 legacy_adjacent_extrinsics: bool = True, init_cfg: Mapping | None = None) -> None:
+                 return_intermediate: bool = True, stereo_feat_index: int = 0, with_prev: bool = True,
+                 num_cams: int = 6, legacy_adjacent_extrinsics: bool = True, init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if num_adj != 1 or stereo_feat_index != 0 or not return_intermediate:
             raise ValueError("supported are num_adj=1, stereo_feat_index=0, return_intermediate=True; got "

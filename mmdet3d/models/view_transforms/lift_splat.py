@@ -43,8 +43,8 @@ class LSSForwardProjection(BaseModule):
     """Depth distribution and context of each pixel, lifted to a frustum and pooled into voxels.
 
     Args:
-        grid_config: ``x``, ``y``, ``z`` as [low, high, cell] of the voxel grid and ``depth`` as [low, high, step] of the
-            depth bins, metres.
+        grid_config: ``x``, ``y``, ``z`` as [low, high, cell] of the voxel grid and ``depth`` as [low, high, step] of
+            the depth bins, metres.
         input_size: (H, W) of the network image.
         in_channels: Channels of the image feature.
         out_channels: Channels C of the context and of the volume.
@@ -59,10 +59,10 @@ class LSSForwardProjection(BaseModule):
 
     ignored_config_keys = frozenset({"return_context"})
 
-    def __init__(self, grid_config: Mapping, input_size: tuple[int, int], in_channels: int = 512, out_channels: int = 64,
-                 downsample: int = 16, depthnet_cfg: Mapping | None = None, loss_depth_weight: float = 3.0,
-                 collapse_z: bool = False, accelerate: bool = False, sid: bool = False, with_cp: bool = False,
-                 with_depth_from_lidar: bool = False, truncate_toward_zero: bool = True, init_cfg: Mapping | None = None
+    def __init__(self, grid_config: Mapping, input_size: tuple[int, int], in_channels: int = 512,
+                 out_channels: int = 64, downsample: int = 16, depthnet_cfg: Mapping | None = None,
+                 loss_depth_weight: float = 3.0, collapse_z: bool = False, accelerate: bool = False,
+                 sid: bool = False, with_cp: bool = False, with_depth_from_lidar: bool = False, truncate_toward_zero: bool = True, init_cfg: Mapping | None = None
                  ) -> None:
         super().__init__(init_cfg)
         options = {"collapse_z": collapse_z, "accelerate": accelerate, "sid": sid,
