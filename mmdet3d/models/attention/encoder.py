@@ -46,8 +46,9 @@ class BEVFormerEncoder(BaseModule):
     def __init__(self, transformerlayers: Mapping, num_layers: int, pc_range: Sequence[float], grid_config: Mapping,
                  data_config: Mapping, num_cam: int = 6, predictor_in_channels: int = 96,
                  predictor_out_channels: int = 96, predictor_num_calsses: int = 18, first_stage: bool = False,
-                 use_temporal: bool = True, legacy_axis_swap: bool = True, legacy_anchor_heights: bool = True, trainable_recurrence: bool = False,
-                 refresh_value_queue: bool = False, init_cfg: Mapping | None = None) -> None:
+                 use_temporal: bool = True, legacy_axis_swap: bool = True, legacy_anchor_heights: bool = True,
+                 trainable_recurrence: bool = False, refresh_value_queue: bool = False,
+                 init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if not use_temporal:
             raise ValueError("use_temporal=False is not supported")

@@ -71,8 +71,7 @@ class STCOcc(BaseDetector):
     """
 
     ignored_config_keys = frozenset({
-        "use_ms_feats", "class_weights_group", "background_idx", "train_flow", "bev_w", "bev_h", "bev_z",
-        "use_grid_mask", "pts_voxel_layer", "pts_bbox_head", "pts_backbone"})
+        "class_weights_group", "background_idx", "train_flow", "bev_w", "bev_h", "bev_z"})
 
     def __init__(self, forward_projection: Mapping, backward_projection: Mapping, occupancy_head: Mapping,
                  temporal_fusion: Mapping | None = None, flow_head: Mapping | None = None, num_stage: int = 2,
@@ -81,11 +80,13 @@ class STCOcc(BaseDetector):
                  train_top_k_in_eval: bool = True, intermediate_pred_loss_weight: Sequence[float] = (0.5, 0.25),
                  class_weights: Sequence[float] | None = None, empty_idx: int = 17,
                  foreground_idx: Sequence[int] | None = None, flow_loss_weight: float = 0.8, save_results: bool = False,
-                 channels_last: bool = True, pretrained: Any = None, train_cfg: Any = None, test_cfg: Any = None,
-                 init_cfg: Any = None) -> None:
+                 channels_last: bool = True, use_ms_feats: bool = False, pretrained: Any = None, train_cfg: Any = None,
+                 test_cfg: Any = None, init_cfg: Any = None) -> None:
         super().__init__(init_cfg)
         if pretrained is not None:
             raise ConfigError("model.pretrained is not supported; set load_from in the config")
+        if use_ms_feats:
+            raise ConfigError("model.use_ms_feats=True is not supported; the published models set it to False")
         self.num_stage = num_stage
         self.train_cfg, self.test_cfg, self.save_results = train_cfg, test_cfg, save_results
         self.forward_projection = build(forward_projection, "forward_projection")

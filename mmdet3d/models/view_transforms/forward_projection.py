@@ -54,20 +54,25 @@ class BEVDetStereoForwardProjection(BaseModule):
         num_cams: Cameras N.
         legacy_adjacent_extrinsics: The camera vector of the earlier frame holds the key frame's extrinsics, as the
             released weights expect; False: its own.
+        pre_process, img_bev_encoder_neck, use_grid_mask: Must keep their defaults.
     """
 
     ignored_config_keys = frozenset({
-        "align_after_view_transfromation", "img_context_idx", "img_bev_encoder_neck", "cv_downsample", "pre_process",
-        "pretrained", "train_cfg", "test_cfg", "use_grid_mask"})
+        "align_after_view_transfromation", "img_context_idx", "cv_downsample", "pretrained", "train_cfg", "test_cfg"})
 
     def __init__(self, img_backbone: Mapping, img_neck: Mapping, img_view_transformer: Mapping,
                  img_bev_encoder_backbone: Mapping, num_adj: int = 1, adjust_channel: int | None = None,
                  return_intermediate: bool = True, stereo_feat_index: int = 0, with_prev: bool = True,
-                 num_cams: int = 6, legacy_adjacent_extrinsics: bool = True, init_cfg: Mapping | None = None) -> None:
+                 num_cams: int = 6, legacy_adjacent_extrinsics: bool = True, pre_process: Mapping | None = None,
+                 img_bev_encoder_neck: Mapping | None = None, use_grid_mask: bool = False,
+                 init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if num_adj != 1 or stereo_feat_index != 0 or not return_intermediate:
             raise ValueError("supported are num_adj=1, stereo_feat_index=0, return_intermediate=True; got "
                              f"{num_adj}, {stereo_feat_index}, {return_intermediate}")
+        if pre_process is not None or img_bev_encoder_neck is not None or use_grid_mask:
+            raise ValueError("pre_process, img_bev_encoder_neck and use_grid_mask are not supported; the published "
+                             "models do not set them")
         self.num_cams = num_cams
         self.num_frames = num_adj + 2
         self.with_prev = with_prev

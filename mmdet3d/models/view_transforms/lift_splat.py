@@ -61,9 +61,9 @@ class LSSForwardProjection(BaseModule):
 
     def __init__(self, grid_config: Mapping, input_size: tuple[int, int], in_channels: int = 512,
                  out_channels: int = 64, downsample: int = 16, depthnet_cfg: Mapping | None = None,
-                 loss_depth_weight: float = 3.0, collapse_z: bool = False, accelerate: bool = False,
-                 sid: bool = False, with_cp: bool = False, with_depth_from_lidar: bool = False, truncate_toward_zero: bool = True, init_cfg: Mapping | None = None
-                 ) -> None:
+                 loss_depth_weight: float = 3.0, collapse_z: bool = False, accelerate: bool = False, sid: bool = False,
+                 with_cp: bool = False, with_depth_from_lidar: bool = False, truncate_toward_zero: bool = True,
+                 init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         options = {"collapse_z": collapse_z, "accelerate": accelerate, "sid": sid,
                    "with_depth_from_lidar": with_depth_from_lidar}
