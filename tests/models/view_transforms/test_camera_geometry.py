@@ -1,0 +1,150 @@
+"""Frames, relative poses, the camera vector and frustum points, against NumPy and the literal steps of lifting."""
+
+import numpy as np
+import pytest
+import rig
+import torch
+
+from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points, split_frames
+
+BATCH, CAMS, FRAMES, HEIGHT, WIDTH = 2, 4, 3, 5, 7
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.fixture
+def inputs(generator):
+    images = torch.randn(BATCH, CAMS * FRAMES, 3, HEIGHT, WIDTH, generator=generator)
+    total = BATCH * FRAMES * CAMS
+    shape = (BATCH, FRAMES * CAMS)
+    poses = rig.stack(lambda: rig.pose(generator, 2.0), total, *shape).float()
+    # Far from the global origin, as on real maps: float32 arithmetic would lose centimetres.
+    world = rig.stack(lambda: rig.pose(generator, 1500.0), total, *shape).float()
+    cams = rig.stack(lambda: rig.intrinsics(generator), total, *shape).float()
+    augs = rig.stack(lambda: rig.post_aug(generator), total, *shape).float()
+    return images, poses, world, cams, augs, torch.eye(4).expand(BATCH, 4, 4)
+
+
+def test_images_are_camera_major_and_matrices_frame_major(inputs):
+    images, _, _, cams, augs, _ = inputs
+    pictures, frames = split_frames(inputs, CAMS, FRAMES)
+    assert len(pictures) == len(frames) == FRAMES
+    for f in range(FRAMES):
+        for n in range(CAMS):
+            assert torch.equal(pictures[f][:, n], images[:, n * FRAMES + f])
+            assert torch.equal(frames[f].intrinsics[:, n], cams[:, f * CAMS + n])
+            assert torch.equal(frames[f].post_aug[:, n], augs[:, f * CAMS + n])
+
+
+def test_poses_are_formed_in_float64(inputs):
+    _, poses, world, *_ = inputs
+    _, frames = split_frames(inputs, CAMS, FRAMES)
+    sensor, ego = (m.double().numpy().reshape(BATCH, FRAMES, CAMS, 4, 4) for m in (poses, world))
+    for b in range(BATCH):
+        key = np.linalg.inv(ego[b, 0, 0])  # the ego of camera 0 of the newest frame
+        for f in range(FRAMES):
+            assert frames[f].key_ego_from_camera.dtype == torch.float32
+            for n in range(CAMS):
+                expected = key @ ego[b, f, n] @ sensor[b, f, n]
+                np.testing.assert_allclose(frames[f].key_ego_from_camera[b, n], expected, rtol=2e-7, atol=1e-7)
+                if f + 1 < FRAMES:
+                    older = np.linalg.inv(ego[b, f + 1, n] @ sensor[b, f + 1, n]) @ ego[b, f, n] @ sensor[b, f, n]
+                    np.testing.assert_allclose(frames[f].older_camera_from_camera[b, n], older, rtol=2e-7, atol=1e-7)
+    assert frames[-1].older_camera_from_camera is None
+
+
+@pytest.mark.parametrize("position, name", enumerate(["images", "sensor2ego", "ego2global", "intrinsics", "post_aug"]))
+def test_a_wrong_number_of_entries_is_named(inputs, position, name):
+    wrong = [*inputs]
+    wrong[position] = wrong[position][:, 1:]
+    with pytest.raises(ValueError, match=rf"img_inputs\[{position}\] \({name}\) must be .*12.*got .*11"):
+        split_frames(tuple(wrong), CAMS, FRAMES)
+
+
+def test_batches_must_agree(inputs):
+    wrong = [*inputs]
+    wrong[3] = wrong[3][:1]
+    with pytest.raises(ValueError, match=r"\(intrinsics\) must be \(2, 12, 4, 4\), got \(1, 12, 4, 4\)"):
+        split_frames(tuple(wrong), CAMS, FRAMES)
+    with pytest.raises(ValueError, match=r"img_inputs\[0\] \(images\) must be \[B, 12 = 4 cameras x 3 frames"):
+        split_frames((inputs[0].flatten(3), *inputs[1:]), CAMS, FRAMES)
+
+
+def test_the_camera_vector_holds_27_numbers_in_order():
+    intrinsics, post_aug, bda = (torch.zeros(1, 1, 4, 4) for _ in range(3))
+    for row, column, value in ((0, 0, 1), (1, 1, 2), (0, 2, 3), (1, 2, 4)):
+        intrinsics[..., row, column] = value
+    for row, column, value in ((0, 0, 5), (0, 1, 6), (0, 2, 7), (1, 0, 8), (1, 1, 9), (1, 2, 10)):
+        post_aug[..., row, column] = value
+    for row, column, value in ((0, 0, 11), (0, 1, 12), (1, 0, 13), (1, 1, 14), (2, 2, 15)):
+        bda[..., row, column] = value
+    pose = torch.tensor([[16.0, 17, 18, 19], [20, 21, 22, 23], [24, 25, 26, 27], [99, 99, 99, 99]])[None, None]
+    camera = CameraFrame(torch.full((1, 1, 4, 4), 77.0), None, intrinsics, post_aug)
+    assert camera_vector(camera, pose, bda[:, 0])[0, 0].tolist() == list(range(1, 28))
+
+
+def test_the_camera_vector_of_a_batch(inputs, generator):
+    _, frames = split_frames(inputs, CAMS, FRAMES)
+    bda = rig.stack(lambda: rig.bda(generator, angle=0.4), BATCH, BATCH).float()
+    vector = camera_vector(frames[1], frames[0].key_ego_from_camera, bda)
+    assert vector.shape == (BATCH, CAMS, 27)
+    assert torch.equal(vector[1, 2, 15:], frames[0].key_ego_from_camera[1, 2, :3].flatten())
+    assert torch.equal(vector[1, :, 11], bda[1, 0, 1].expand(CAMS))
+    assert torch.equal(vector[..., 6], frames[1].post_aug[..., 0, 2])
+
+
+def literal_points(camera, bda, depths, image_size, feature_size):
+    """The steps of the lift one point at a time, in float64."""
+    (height, width), (h, w) = image_size, feature_size
+    batch, cams = camera.intrinsics.shape[:2]
+    points = np.zeros((batch, cams, len(depths), h, w, 3))
+    for b in range(batch):
+        for n in range(cams):
+            A = np.eye(3)
+            A[:2, :2] = camera.post_aug[b, n, :2, :2].double()
+            t = np.array([*camera.post_aug[b, n, :2, 2].double(), 0])
+            K = camera.intrinsics[b, n, :3, :3].double().numpy()
+            pose = camera.key_ego_from_camera[b, n].double().numpy()
+            aug = bda[b].double().numpy()
+            for i, d in enumerate(depths.double().numpy()):
+                for y, v in enumerate(np.linspace(0, height - 1, h)):
+                    for x, u in enumerate(np.linspace(0, width - 1, w)):
+                        P = np.linalg.inv(A) @ (np.array([u, v, d]) - t)
+                        P = np.array([P[0] * P[2], P[1] * P[2], P[2]])
+                        P = pose[:3, :3] @ np.linalg.inv(K) @ P + pose[:3, 3]
+                        points[b, n, i, y, x] = aug[:3, :3] @ P + aug[:3, 3]
+    return points
+
+
+@pytest.mark.parametrize("flips, angle, scale", [((1, 1), 0.0, 1.0), ((-1, 1), 0.0, 1.0), ((1, -1), 0.0, 1.0),
+                                                 ((-1, -1), 0.35, 1.05)])
+def test_frustum_points_equal_the_literal_steps(generator, flips, angle, scale):
+    batch, cams, depths = 2, 3, torch.tensor([1.0, 17.5, 44.5, 30.25, 8.5])
+    camera = CameraFrame(
+        rig.stack(lambda: rig.pose(generator), batch * cams, batch, cams).float(), None,
+        rig.stack(lambda: rig.intrinsics(generator), batch * cams, batch, cams).float(),
+        rig.stack(lambda: rig.post_aug(generator, flip=True), batch * cams, batch, cams).float())
+    bda = torch.stack([rig.bda(generator, flips, angle, scale), torch.eye(4, dtype=torch.float64)]).float()
+    bda[0, :3, 3] = torch.tensor([0.5, -1.5, 0.25])
+    points = frustum_points(camera, bda, depths, (32, 88), (2, 6))
+    expected = literal_points(camera, bda, depths, (32, 88), (2, 6))
+    assert points.shape == (2, 3, 5, 2, 6, 3) and points.dtype == torch.float32
+    np.testing.assert_allclose(points, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_camera_that_looks_ahead_sees_points_ahead(generator):
+    """A camera at (1, 0.2, 1.5) whose optical axis is the ego's x axis: the principal point at 10 m is 11 m ahead."""
+    pose = torch.eye(4)
+    pose[:3, :3] = torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # right, down, forward -> forward, left, up
+    pose[:3, 3] = torch.tensor([1.0, 0.2, 1.5])
+    intrinsics = torch.eye(4)
+    intrinsics[0, 0] = intrinsics[1, 1] = 40.0
+    intrinsics[0, 2], intrinsics[1, 2] = 20.0, 10.0
+    camera = CameraFrame(*(m[None, None] for m in (pose, pose)), *(m[None, None] for m in (intrinsics, torch.eye(4))))
+    points = frustum_points(camera, torch.eye(4)[None], torch.tensor([10.0]), (21, 41), (3, 5))
+    torch.testing.assert_close(points[0, 0, 0, 1, 2], torch.tensor([11.0, 0.2, 1.5]))
+    # The right-most column, u = 40, looks 0.5 to the right per metre: y = 0.2 - 5; the top row looks up.
+    torch.testing.assert_close(points[0, 0, 0, 0, 4], torch.tensor([11.0, -4.8, 4.0]))

@@ -1,0 +1,162 @@
+"""Voxel indices of points, and lifting and splatting of image features against a loop."""
+
+import itertools
+
+import pytest
+import rig
+import torch
+
+from mmdet3d.models.view_transforms import LSSForwardProjection, LSSVStereoForwardProjection
+from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points
+from mmdet3d.models.view_transforms.lift_splat import voxel_index
+from mmdet3d.registry import build
+from mmdet3d.structures import VoxelGrid
+
+NARROW = VoxelGrid((-4, -3, -1), (6, 3, 2), (2, 1.5, 1.0))  # X, Y, Z = 5, 4, 3
+CONFIG = {"grid_config": {"x": [-6, 6, 2.0], "y": [-5, 5, 2.0], "z": [-4, 4, 2.0], "depth": [2.0, 12.0, 2.0]},
+          "input_size": (32, 48), "in_channels": 6, "out_channels": 7, "downsample": 16,
+          "depthnet_cfg": {"aspp_mid_channels": 4}}
+BATCH, CAMS, SIZE = 2, 3, (2, 3)
+
+
+def cell(x, y, z):
+    """Flat index in NARROW."""
+    return (z * 4 + y) * 5 + x
+
+
+@pytest.mark.parametrize("point, index", [
+    ((-4, -3, -1), cell(0, 0, 0)), ((-2, -3, -1), cell(1, 0, 0)), ((-2.01, -1.5, 0), cell(0, 1, 1)),
+    ((5.99, 2.99, 1.99), cell(4, 3, 2)), ((6, 0, 0), -1), ((0, 3, 0), -1), ((0, 0, 2), -1),
+    ((-6, 0, 0), -1), ((0, -4.5, 0), -1), ((0, 0, -2), -1)])
+def test_voxel_of_a_point(point, index):
+    assert voxel_index(torch.tensor(point, dtype=torch.float32), NARROW).item() == index
+
+
+def test_truncation_pulls_points_just_below_the_bounds_in():
+    # Half a voxel below the lower bound of each axis, then of all.
+    points = torch.tensor([[-5.0, 0, 0], [0, -3.75, 0], [0, 0, -1.5], [-5.99, -4.49, -1.99]])
+    inside = torch.tensor([cell(0, 2, 1), cell(2, 0, 1), cell(2, 2, 0), cell(0, 0, 0)], dtype=torch.int32)
+    assert torch.equal(voxel_index(points, NARROW), inside)
+    assert voxel_index(points, NARROW, truncate_toward_zero=False).tolist() == [-1] * 4
+    assert torch.equal(voxel_index(points + 2, NARROW), voxel_index(points + 2, NARROW, truncate_toward_zero=False))
+
+
+def test_points_that_no_integer_can_hold_are_outside():
+    far = torch.tensor([3e9, -3e9, 1e30, -1e30, float("inf"), -float("inf")])
+    for axis in range(3):
+        points = torch.zeros(len(far), 3)
+        points[:, axis] = far
+        for truncate in (True, False):
+            assert voxel_index(points, NARROW, truncate).tolist() == [-1] * len(far)
+
+
+def test_indices_are_flat_in_the_order_z_y_x():
+    centres = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (3, 4, 5)), indexing="ij"), -1).flip(-1)
+    points = (centres + 0.5) * torch.tensor(NARROW.cell) + torch.tensor(NARROW.low)
+    index = voxel_index(points, NARROW)
+    assert index.dtype == torch.int32 and torch.equal(index.flatten(), torch.arange(60, dtype=torch.int32))
+
+
+@pytest.fixture
+def scene():
+    """Cameras, BEV augmentation and a feature map."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (BATCH, CAMS)
+    camera = CameraFrame(rig.stack(lambda: rig.pose(generator), 6, *shape).float(), None,
+                         rig.stack(lambda: rig.intrinsics(generator), 6, *shape).float(),
+                         rig.stack(lambda: rig.post_aug(generator), 6, *shape).float())
+    bda = torch.stack([rig.bda(generator, (-1, 1)), rig.bda(generator, (1, -1))]).float()
+    return camera, bda, torch.randn(BATCH * CAMS, 6, *SIZE, generator=generator)
+
+
+def literal_volume(module, camera, bda, depth, context):
+    """Each pixel's context times depth probability, dropped into its voxel; truncation by Python's int()."""
+    grid = module.grid
+    size_x, size_y, size_z = grid.size_xyz
+    points = frustum_points(camera, bda, module.depths, module.input_size, SIZE)
+    volume = torch.zeros(BATCH, context.shape[1], size_z, size_y, size_x)
+    kept = 0
+    for b, n, d, v, u in itertools.product(*map(range, points.shape[:-1])):
+        x, y, z = (int((float(points[b, n, d, v, u, i]) - grid.low[i]) / grid.cell[i]) for i in range(3))
+        if 0 <= x < size_x and 0 <= y < size_y and 0 <= z < size_z:
+            volume[b, :, z, y, x] += depth[b * CAMS + n, d, v, u] * context[b * CAMS + n, :, v, u]
+            kept += 1
+    return volume, kept / points[..., 0].numel()
+
+
+def test_lift_and_splat_equal_a_loop(scene):
+    torch.manual_seed(0)
+    camera, bda, feature = scene
+    module = build({"type": "LSSForwardProjection", **CONFIG}).eval()
+    with torch.no_grad():
+        volume, depth, context = module(feature, camera, camera.key_ego_from_camera, bda)
+        logits, expected_context = module.depth_net(
+            feature, camera_vector(camera, camera.key_ego_from_camera, bda).flatten(0, 1), None)
+    assert volume.shape == (BATCH, 7, 4, 5, 6) and volume.is_contiguous()
+    assert depth.shape == (BATCH * CAMS, 5, *SIZE) and context.shape == (BATCH * CAMS, 7, *SIZE)
+    torch.testing.assert_close(depth, logits.softmax(1))
+    torch.testing.assert_close(context, expected_context)
+    expected, kept = literal_volume(module, camera, bda, depth, context)
+    assert 0.2 < kept < 0.9
+    torch.testing.assert_close(volume, expected)
+    module.truncate_toward_zero = False
+    with torch.no_grad():
+        assert not torch.allclose(module(feature, camera, camera.key_ego_from_camera, bda)[0], expected)
+
+
+def test_gradients_reach_depth_and_context(scene):
+    camera, bda, feature = scene
+    module = build({"type": "LSSForwardProjection", **CONFIG})
+    volume, *_ = module(feature.requires_grad_(), camera, camera.key_ego_from_camera, bda)
+    volume.square().sum().backward()
+    assert feature.grad.abs().sum() > 0
+    for name in ("context_conv.weight", "depth_conv.4.weight", "context_mlp.fc1.weight", "depth_mlp.fc1.weight"):
+        assert module.depth_net.get_parameter(name).grad.abs().sum() > 0, name
+
+
+def test_no_point_in_the_grid_gives_zeros(scene):
+    camera, bda, feature = scene
+    module = build({"type": "LSSForwardProjection", **CONFIG}).eval()
+    bda = bda.clone()
+    bda[:, 0, 3] = 1e4
+    volume, *_ = module(feature, camera, camera.key_ego_from_camera, bda)
+    assert volume.shape == (BATCH, 7, 4, 5, 6) and not volume.any()
+
+
+def test_depth_bins():
+    module = build({"type": "LSSForwardProjection", **CONFIG})
+    assert module.depths.tolist() == [2, 4, 6, 8, 10]
+    published = torch.arange(1.0, 45.0, 0.5)
+    assert len(published) == 88 and published[-1] == 44.5
+    assert "depths" not in module.state_dict()
+
+
+@pytest.mark.parametrize("option", ["collapse_z", "accelerate", "sid", "with_depth_from_lidar"])
+def test_unsupported_options_are_refused(option):
+    with pytest.raises(ValueError, match=rf"\['{option}'\] are not supported, set them to False"):
+        LSSForwardProjection(**CONFIG, **{option: True})
+
+
+@pytest.mark.parametrize("depth", [None, [1.0, 45.0]])
+def test_depth_bins_must_be_given(depth):
+    grid_config = {key: value for key, value in (CONFIG["grid_config"] | {"depth": depth}).items() if value}
+    with pytest.raises(ValueError, match=r"grid_config needs depth=\[low, high, step\]"):
+        LSSForwardProjection(**{**CONFIG, "grid_config": grid_config})
+
+
+def test_the_stereo_variant_hands_a_cost_volume_to_the_depth_net(scene):
+    torch.manual_seed(1)
+    camera, bda, feature = scene
+    generator = torch.Generator().manual_seed(6)
+    older = rig.stack(lambda: rig.pose(generator, 0.3), 6, BATCH, CAMS).float()
+    camera = CameraFrame(camera.key_ego_from_camera, older, camera.intrinsics, camera.post_aug)
+    module = LSSVStereoForwardProjection(**{**CONFIG, "depthnet_cfg": {**CONFIG["depthnet_cfg"], "stereo": True}})
+    seen = []
+    module.depth_net.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    stereo = torch.rand(2, BATCH * CAMS, 8, 4 * SIZE[0], 4 * SIZE[1], generator=generator).requires_grad_()
+    volume, depth, context = module.eval()(feature, camera, camera.key_ego_from_camera, bda, stereo[0], stereo[1])
+    assert volume.shape == (BATCH, 7, 4, 5, 6)
+    assert seen[0].shape == (BATCH * CAMS, 5, 8, 12) and not seen[0].requires_grad
+    torch.testing.assert_close(seen[0].sum(1), torch.ones(BATCH * CAMS, 8, 12))
+    volume.sum().backward()
+    assert module.depth_net.cost_volumn_net[0].weight.grad.abs().sum() > 0 and stereo.grad is None
