@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdet3d.models.view_transforms.geometry import CameraFrame, stereo_homography
+from mmdet3d.models.view_transforms.geometry import CameraFrame, sweep_geometry
 from mmdet3d.ops import plane_sweep
 
 #: The invalid test looks at the first channel of the last group of this many channels (see ``stereo_cost_volume``).
@@ -14,7 +14,8 @@ CHANNEL_GROUP = 4
 
 @torch.no_grad()
 def stereo_cost_volume(current: Tensor, older: Tensor, camera: CameraFrame, depths: Tensor, *,
-                       image_size: tuple[int, int], invalid_penalty: float, one_channel_invalid_test: bool = True) -> Tensor:
+                       image_size: tuple[int, int], invalid_penalty: float, one_channel_invalid_test: bool = True
+                       ) -> Tensor:
     """Probability of each depth by plane sweep: softmax over depth of the negated absolute feature difference.
 
     No gradient flows through the volume; the network that reads it is trained.
@@ -33,8 +34,8 @@ def stereo_cost_volume(current: Tensor, older: Tensor, camera: CameraFrame, dept
     Returns:
         [M, D, H4, W4], sums to one over D.
     """
-    infinite, epipole = stereo_homography(camera, image_size, current.shape[-2:])
     validity = ({"invalid_channel": current.shape[1] - CHANNEL_GROUP} if one_channel_invalid_test
                 else {"invalid_channel": None, "invalid_by_position": True})
-    cost = plane_sweep(current, older, infinite, epipole, depths, invalid_penalty=invalid_penalty, **validity)
+    cost = plane_sweep(current, older, sweep_geometry(camera, image_size), depths, invalid_penalty=invalid_penalty,
+                       **validity)
     return (-cost).softmax(1)

@@ -1,4 +1,4 @@
-"""Camera geometry of the view transform: relative poses, frustum points, and the stereo homography.
+"""Camera geometry of the view transform: relative poses, frustum points, and the stereo pair.
 
 Matrices are named ``target_from_source``. The 4x4 ``post_aug`` of an image augmentation acts on (u * d, v * d, d, 1):
 its 2x2 linear part is in rows and columns 0-1, its translation in **column 2**. Its upper-left 3x3 block is therefore
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mmdet3d.ops.plane_sweep import SweepGeometry
 
 
 @dataclass(frozen=True)
@@ -139,22 +141,30 @@ def _pinhole(intrinsics: Tensor) -> Tensor:
     return intrinsics[..., :3, :3].double()
 
 
-def stereo_homography(camera: CameraFrame, image_size: tuple[int, int], feature_size: tuple[int, int]
-                      ) -> tuple[Tensor, Tensor]:
-    """Plane-induced homographies from a frame's feature map to the older frame's, for :func:`plane_sweep`.
+def sweep_geometry(camera: CameraFrame, image_size: tuple[int, int]) -> SweepGeometry:
+    """Cameras of a plane sweep from a frame to the one before it, for :func:`mmdet3d.ops.plane_sweep`.
 
-    A feature-map position (x, y) at depth d is found in the older map at the dehomogenised
-    ``d * infinite_homography @ (x, y, 1) + epipole`` (Hartley and Zisserman, Multiple View Geometry, 13.1). Intrinsics
-    and augmentation of the newer frame serve both images, as in the reference implementation.
+    Intrinsics and augmentation of the newer frame serve both images, as in the reference implementation. Inverses and
+    products are formed in float32, and the matrices are left apart for the operator to apply one by one, because
+    released weights expect these roundings: see ``docs/parity.md``.
+
+    Args:
+        camera: Cameras of the newer frame; ``older_camera_from_camera`` must be there.
+        image_size: (H, W) of the network image.
 
     Returns:
-        infinite_homography [B * N, 3, 3] and epipole [B * N, 3], float32.
+        Tensors of B * N cameras, float32.
     """
-    (height, width), (h, w) = image_size, feature_size
-    image_from_map = torch.diag(torch.tensor([(width - 1) / (w - 1), (height - 1) / (h - 1), 1.0], dtype=torch.float64,
-                                             device=camera.intrinsics.device))
-    map_from_camera = torch.linalg.inv(image_from_map) @ pixel_homography(camera.post_aug) @ _pinhole(camera.intrinsics)
-    older = camera.older_camera_from_camera.double()
-    infinite = map_from_camera @ older[..., :3, :3] @ torch.linalg.inv(map_from_camera)
-    epipole = (map_from_camera @ older[..., :3, 3:])[..., 0]
-    return infinite.flatten(0, 1).float(), epipole.flatten(0, 1).float()
+    post, older, intrinsics = (matrix.flatten(0, 1).float() for matrix in (
+        camera.post_aug, camera.older_camera_from_camera, camera.intrinsics))
+    linear = torch.zeros_like(post[:, :3, :3])
+    linear[:, :2, :2] = post[:, :2, :2]
+    linear[:, 2, 2] = 1
+    pixel_from_camera = intrinsics[:, :3, :3]
+    rotation, camera_from_pixel = older[:, :3, :3], torch.linalg.inv(pixel_from_camera)
+    # Element by element, because autocast and TF32 would take a matrix product in fewer bits.
+    older_from_pixel = sum(rotation[:, :, k, None] * camera_from_pixel[:, None, k] for k in range(3))
+    return SweepGeometry(
+        pixel_from_augmented=torch.linalg.inv(linear)[:, :2, :2], augmentation=post[:, :2, :2], offset=post[:, :2, 2],
+        older_from_pixel=older_from_pixel, translation=older[:, :3, 3], intrinsics=pixel_from_camera,
+        image_size=tuple(image_size))

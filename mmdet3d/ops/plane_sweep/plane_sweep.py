@@ -3,9 +3,21 @@
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, check_dims, check_dtype, check_same_device, check_same_dtype, check_shape
+from .._checks import (
+    FLOAT_DTYPES,
+    as_integer,
+    check_dims,
+    check_dtype,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
 from .._library import AVAILABLE, built_with_cuda
+from .geometry import SweepGeometry
 from .reference import plane_sweep_reference
+
+#: Shapes of one camera's entries of the tensors of a SweepGeometry, in order.
+_CAMERA_SHAPES = ((2, 2), (2, 2), (2,), (3, 3), (3,), (3, 3))
 
 #: False also for a library that was built before this operator was written.
 _COMPILED = AVAILABLE and hasattr(torch.ops.mmdet3d, "plane_sweep")
@@ -17,8 +29,7 @@ _SERVED = (("cpu", "meta", "cuda") if built_with_cuda() else ("cpu", "meta")) if
 def plane_sweep(
     current: Tensor,
     reference: Tensor,
-    infinite_homography: Tensor,
-    epipole: Tensor,
+    geometry: SweepGeometry,
     depths: Tensor,
     *,
     invalid_channel: int | None,
@@ -28,74 +39,94 @@ def plane_sweep(
 ) -> Tensor:
     """Matching cost of two feature maps of one moving camera, for each pixel and each assumed depth.
 
-    A pixel (x, y) of the current map at depth d is the point ``num = d * (G @ (x, y, 1)) + b`` of the
-    reference (older) camera, with G its ``infinite_homography`` and b its ``epipole``: ``num[2]`` is the depth
-    there in metres and ``num[:2] / num[2]`` the position in the reference map. That map is read there
-    bilinearly, as 0 outside; next to its border the pixels that exist still count with their weights. The cost
-    is the sum over the channels of ``|current - warped|``. Where ``num[2] < min_depth`` (behind the camera,
-    tested before the division) or where a position is not finite, ``warped`` is 0.
+    A pixel of the current map is the pixel (u, v) of the network's image; for the depth d, with the names of
+    :class:`SweepGeometry`:
 
-    Positions count pixels of the feature map, an integer being a pixel centre (``align_corners=True`` of
-    ``grid_sample``). They are computed in float64, sums in float32 or, for float64 features, in float64.
+    1. ``(x, y) = pixel_from_augmented @ ((u, v) - offset)``, in the original image
+    2. ``(X, Y, Z) = (x * d, y * d, d)``
+    3. ``P = older_from_pixel @ (X, Y, Z) + translation``, metres in the older camera
+    4. ``P[2] < min_depth`` is behind the camera
+    5. ``Q = intrinsics @ P``, ``p = Q[:2] / Q[2]``
+    6. ``p = augmentation @ p + offset``
+    7. ``g = p / (W_img - 1, H_img - 1) * 2 - 1``
+    8. ``(g + 1) / 2 * (W - 1, H - 1)``, the position in the older map
+
+    That map is read there bilinearly, as 0 outside; next to its border the pixels that exist still count with
+    their weights. The cost is the sum over the channels of ``|current - warped|``. Behind the camera or where a
+    position is not finite, ``warped`` is 0. An integer position is a pixel centre (``align_corners=True`` of
+    ``grid_sample``); a map one pixel wide or high has all its positions on that pixel.
+
+    **Rounding.** The steps are taken in float32, or float64 for float64 features, for each point, and each is
+    rounded; sums of products are chains of fused multiply-adds in the order of the columns. Composing the matrices,
+    even in float64, is more accurate but is not the same: where a position falls on an integer within rounding
+    (1e-6 pixels), the last bit decides whether a neighbouring pixel has a weight, and hence, if that one alone is
+    not 0, whether ``invalid_channel`` calls the position invalid, which costs ``invalid_penalty``. Released
+    weights were trained with these roundings; see ``docs/parity.md``.
 
     The operator has no gradient; a softmax over the negative cost is left to the caller. It is the cost volume
     of BEVDet-4D-Stereo and BEVStereo (Li et al., "BEVStereo: Enhancing Depth Estimation in Multi-view 3D Object
-    Detection with Dynamic Temporal Stereo", arXiv 2209.10248), written as plane-induced homographies (Hartley
-    and Zisserman, "Multiple View Geometry in Computer Vision", section 13.1).
+    Detection with Dynamic Temporal Stereo", arXiv 2209.10248); the sweep itself is that of Collins, "A Space-Sweep
+    Approach to True Multi-Image Matching", CVPR 1996.
 
     Args:
         current: (N, C, H, W) features of the current image, one entry per camera; float16, bfloat16, float32
             or float64.
         reference: (N, C, H, W) features of the older image, same dtype and device.
-        infinite_homography: (N, 3, 3) float32 or float64, from current to reference pixels (of the feature map)
-            for a point at infinity, in the scale in which its third row gives depth per metre of depth.
-        epipole: (N, 3) float32 or float64, the current camera's centre as the reference camera sees it, in
-            homogeneous pixels of the feature map; its third entry is a depth in metres.
+        geometry: The cameras; converted to the dtype of the steps.
         depths: (D,) float32 or float64, depths along the optical axis of the current camera in metres.
         invalid_channel: Channel whose warped value marks a position as invalid by being exactly 0, or None.
             In features that passed a ReLU this happens outside the map, but also inside it.
         invalid_by_position: Instead call a position invalid where it is behind the camera or outside the map,
             all pixels around it included. Needs ``invalid_channel=None``.
         invalid_penalty: Added to the cost at invalid positions.
-        min_depth: Least depth in the reference camera, in metres.
+        min_depth: Least depth in the older camera, in metres.
 
     Returns:
         (N, D, H, W) cost, float32, or float64 for float64 features.
 
     Raises:
-        ValueError: shapes or devices disagree, ``invalid_channel`` is no channel, or both rules are chosen.
-        TypeError: a dtype is not accepted.
+        ValueError: shapes or devices disagree, ``image_size`` is not two lengths of at least 2, ``invalid_channel``
+            is no channel, or both rules are chosen.
+        TypeError: a dtype is not accepted, or ``geometry`` is not a :class:`SweepGeometry`.
         RuntimeError: an input requires a gradient while gradients are recorded.
     """
-    _check_tensors(current, reference, infinite_homography, epipole, depths)
+    _check_geometry(geometry)
+    _check_tensors(current, reference, geometry, depths)
     _check_options(current.shape[1], invalid_channel, invalid_by_position)
-    inputs = (current, reference, infinite_homography, epipole, depths)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    cameras = geometry.tensors.values()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (current, reference, *cameras, depths)):
         raise RuntimeError("plane_sweep has no gradient; call it under torch.no_grad() or detach its inputs")
     if current.device.type in _SERVED:
-        options = (invalid_channel, invalid_by_position, invalid_penalty, min_depth)
-        return torch.ops.mmdet3d.plane_sweep(*inputs, *options)
+        return torch.ops.mmdet3d.plane_sweep(
+            current, reference, *cameras, geometry.image_size, depths,
+            invalid_channel, invalid_by_position, invalid_penalty, min_depth,
+        )
     return plane_sweep_reference(
-        *inputs, invalid_channel=invalid_channel, invalid_by_position=invalid_by_position,
-        invalid_penalty=invalid_penalty, min_depth=min_depth,
+        current, reference, geometry, depths, invalid_channel=invalid_channel,
+        invalid_by_position=invalid_by_position, invalid_penalty=invalid_penalty, min_depth=min_depth,
     )
 
 
-def _check_tensors(
-    current: Tensor, reference: Tensor, infinite_homography: Tensor, epipole: Tensor, depths: Tensor
-) -> None:
+def _check_geometry(geometry: SweepGeometry) -> None:
+    if not isinstance(geometry, SweepGeometry):
+        raise TypeError(f"geometry must be a SweepGeometry, got {type(geometry).__name__}")
+    size = geometry.image_size
+    if len(size) != 2 or min(as_integer("geometry.image_size", length) for length in size) < 2:
+        raise ValueError(f"geometry.image_size must be (H_img, W_img), at least 2 each, got {tuple(size)}")
+
+
+def _check_tensors(current: Tensor, reference: Tensor, geometry: SweepGeometry, depths: Tensor) -> None:
     check_dtype("current", current, FLOAT_DTYPES)
     check_dims("current", current, "N, C, H, W")
     check_same_dtype("reference", reference, "current", current)
     check_shape("reference", reference, "N, C, H, W", current.shape)
     check_same_device("reference", reference, "current", current)
-    geometry = {"infinite_homography": infinite_homography, "epipole": epipole, "depths": depths}
-    for name, tensor in geometry.items():
+    cameras = {f"geometry.{name}": tensor for name, tensor in geometry.tensors.items()}
+    for name, tensor in {**cameras, "depths": depths}.items():
         check_dtype(name, tensor, (torch.float32, torch.float64))
         check_same_device(name, tensor, "current", current)
-    cameras = current.shape[0]
-    check_shape("infinite_homography", infinite_homography, "N, 3, 3", (cameras, 3, 3))
-    check_shape("epipole", epipole, "N, 3", (cameras, 3))
+    for (name, tensor), shape in zip(cameras.items(), _CAMERA_SHAPES, strict=True):
+        check_shape(name, tensor, ", ".join(["N", *map(str, shape)]), (current.shape[0], *shape))
     check_dims("depths", depths, "D")
 
 
@@ -114,7 +145,8 @@ def _check_options(channels: int, invalid_channel: int | None, invalid_by_positi
 if _COMPILED:
 
     @torch.library.register_fake("mmdet3d::plane_sweep")
-    def _(current, reference, infinite_homography, epipole, depths, *options):
+    def _(current, reference, *others):
+        depths = others[len(_CAMERA_SHAPES) + 1]  # after the cameras and image_size
         cameras, _, height, width = current.shape
         dtype = torch.promote_types(current.dtype, torch.float32)
         return current.new_empty((cameras, depths.shape[0], height, width), dtype=dtype)

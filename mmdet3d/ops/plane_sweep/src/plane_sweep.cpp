@@ -3,6 +3,8 @@
 
 TORCH_LIBRARY_FRAGMENT(mmdet3d, m) {
   m.def(
-      "plane_sweep(Tensor current, Tensor reference, Tensor infinite_homography, Tensor epipole, Tensor depths, "
-      "int? invalid_channel, bool invalid_by_position, float invalid_penalty, float min_depth) -> Tensor");
+      "plane_sweep(Tensor current, Tensor reference, Tensor pixel_from_augmented, Tensor augmentation, "
+      "Tensor offset, Tensor older_from_pixel, Tensor translation, Tensor intrinsics, int[2] image_size, "
+      "Tensor depths, int? invalid_channel, bool invalid_by_position, float invalid_penalty, float min_depth) "
+      "-> Tensor");
 }

@@ -7,7 +7,12 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
+#include <utility>
+#include <vector>
+
+#include "multiversion.h"
 
 namespace mmdet3d::plane_sweep {
 
@@ -18,38 +23,173 @@ struct Options {
   double min_depth;
 };
 
-// The four pixels around a position. `index` counts pixels, row by row, of a map with one pixel of zeros on every
-// side, so that all four can always be read: it is the upper left one. -1: behind the camera or outside the map.
-struct Position {
-  int64_t index;
-  double right;  // weight of the right column, 0 to 1
-  double lower;  // weight of the lower row, 0 to 1
+// Arguments of the operator that say where the cameras are.
+struct Geometry {
+  const at::Tensor &pixel_from_augmented, &augmentation, &offset, &older_from_pixel, &translation, &intrinsics;
+  at::IntArrayRef image_size;
+  const at::Tensor& depths;
+
+  std::array<std::pair<const char*, const at::Tensor*>, 6> cameras() const {
+    return {{{"pixel_from_augmented", &pixel_from_augmented},
+             {"augmentation", &augmentation},
+             {"offset", &offset},
+             {"older_from_pixel", &older_from_pixel},
+             {"translation", &translation},
+             {"intrinsics", &intrinsics}}};
+  }
 };
 
-// `at_infinity` is G (x, y, 1). Written so that a position that is not a number counts as outside.
-C10_HOST_DEVICE inline Position locate(const double at_infinity[3], const double epipole[3], double depth,
-                                       int64_t height, int64_t width, double min_depth) {
-  const double z = depth * at_infinity[2] + epipole[2];
-  if (!(z >= min_depth)) return {-1, 0.0, 0.0};
-  const double px = (depth * at_infinity[0] + epipole[0]) / z;
-  const double py = (depth * at_infinity[1] + epipole[1]) / z;
-  if (!(px > -1.0 && px < static_cast<double>(width) && py > -1.0 && py < static_cast<double>(height))) {
-    return {-1, 0.0, 0.0};
-  }
-  const double left = ::floor(px), top = ::floor(py);
-  const int64_t index = (static_cast<int64_t>(top) + 1) * (width + 2) + static_cast<int64_t>(left) + 1;
-  return {index, px - left, py - top};
+// The same of one camera, as a row of the tensor that Steps holds.
+template <typename scalar_t>
+struct Camera {
+  scalar_t pixel_from_augmented[2][2], augmentation[2][2], offset[2];
+  scalar_t older_from_pixel[3][3], translation[3], intrinsics[3][3];
+};
+
+// What the steps from a pixel to its position in the older map need.
+template <typename scalar_t>
+struct Lattice {
+  const Camera<scalar_t>* cameras;  // (N,)
+  const scalar_t* depths;           // (D,)
+  const scalar_t* columns;          // (W,) image pixels of the columns of the map
+  const scalar_t* rows;             // (H,)
+  scalar_t image_last_x, image_last_y, map_last_x, map_last_y, min_depth;
+};
+
+// Operations that are rounded one by one. CUDA's compiler would otherwise join a product with the sum that follows.
+// C++ compilers may do so too, hence no product below goes straight into a sum: it is `fused` instead, or exact.
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ double divide(double a, double b) { return __ddiv_rn(a, b); }
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+#else
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t multiply(scalar_t a, scalar_t b) { return a * b; }
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t add(scalar_t a, scalar_t b) { return a + b; }
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t divide(scalar_t a, scalar_t b) { return a / b; }
+// Also on a processor without the instruction: the C library computes the same, slowly.
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t fused(scalar_t a, scalar_t b, scalar_t c) { return std::fma(a, b, c); }
+#endif
+
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[2], scalar_t x, scalar_t y) {
+  return fused(row[1], y, multiply(row[0], x));
 }
 
-C10_HOST_DEVICE inline void project_to_infinity(const double* homography, int64_t x, int64_t y, double out[3]) {
-  for (int row = 0; row < 3; ++row) {
-    out[row] = homography[3 * row] * x + homography[3 * row + 1] * y + homography[3 * row + 2];
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[3], scalar_t x, scalar_t y, scalar_t z) {
+  return fused(row[2], z, fused(row[1], y, multiply(row[0], x)));
+}
+
+template <typename scalar_t>
+struct Point {
+  scalar_t x, y;
+};
+
+// Step 1: a pixel (u, v) of the network's image in the original one.
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE Point<scalar_t> original_pixel(const Camera<scalar_t>& camera, scalar_t u, scalar_t v) {
+  const scalar_t x = add(u, -camera.offset[0]), y = add(v, -camera.offset[1]);
+  return {dot(camera.pixel_from_augmented[0], x, y), dot(camera.pixel_from_augmented[1], x, y)};
+}
+
+// Steps 2 to 8: the position in the older map, in pixels; not a number where it is behind the camera.
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE Point<scalar_t> older_position(const Lattice<scalar_t>& lattice,
+                                                              const Camera<scalar_t>& camera,
+                                                              const Point<scalar_t>& pixel, scalar_t depth) {
+  const scalar_t x = multiply(pixel.x, depth), y = multiply(pixel.y, depth);
+  const scalar_t px = add(dot(camera.older_from_pixel[0], x, y, depth), camera.translation[0]);
+  const scalar_t py = add(dot(camera.older_from_pixel[1], x, y, depth), camera.translation[1]);
+  const scalar_t pz = add(dot(camera.older_from_pixel[2], x, y, depth), camera.translation[2]);
+  const scalar_t scale = dot(camera.intrinsics[2], px, py, pz);
+  const scalar_t u = divide(dot(camera.intrinsics[0], px, py, pz), scale);
+  const scalar_t v = divide(dot(camera.intrinsics[1], px, py, pz), scale);
+  const scalar_t image_x = add(dot(camera.augmentation[0], u, v), camera.offset[0]);
+  const scalar_t image_y = add(dot(camera.augmentation[1], u, v), camera.offset[1]);
+  // Doubling and halving are exact.
+  const scalar_t grid_x = add(multiply(divide(image_x, lattice.image_last_x), scalar_t(2)), scalar_t(-1));
+  const scalar_t grid_y = add(multiply(divide(image_y, lattice.image_last_y), scalar_t(2)), scalar_t(-1));
+  const scalar_t map_x = multiply(multiply(add(grid_x, scalar_t(1)), scalar_t(0.5)), lattice.map_last_x);
+  const scalar_t map_y = multiply(multiply(add(grid_y, scalar_t(1)), scalar_t(0.5)), lattice.map_last_y);
+  const bool in_front = pz >= lattice.min_depth;
+  const scalar_t nowhere = std::numeric_limits<scalar_t>::quiet_NaN();
+  return {in_front ? map_x : nowhere, in_front ? map_y : nowhere};
+}
+
+// The four pixels around a position. `index` counts pixels, row by row, of a map with one pixel of zeros on every
+// side, so that all four can always be read: it is the upper left one. -1: behind the camera or outside the map.
+template <typename scalar_t>
+struct Position {
+  int64_t index;
+  scalar_t right;  // weight of the right column, 0 to 1
+  scalar_t lower;  // weight of the lower row, 0 to 1
+};
+
+// Largest integer that is not above `value`, which must fit: std::floor is a call on the oldest x86 processors.
+C10_HOST_DEVICE inline int64_t floor_to_integer(float value) {
+  const int32_t towards_zero = static_cast<int32_t>(value);
+  return towards_zero - (static_cast<float>(towards_zero) > value);
+}
+C10_HOST_DEVICE inline int64_t floor_to_integer(double value) {
+  const int64_t towards_zero = static_cast<int64_t>(value);
+  return towards_zero - (static_cast<double>(towards_zero) > value);
+}
+
+// Written so that a position that is not a number counts as outside. `at` must come from memory or from CUDA code: a
+// C++ compiler could otherwise join the product that made it with the differences here.
+template <typename scalar_t>
+C10_HOST_DEVICE inline Position<scalar_t> locate(const Point<scalar_t>& at, int64_t height, int64_t width) {
+  const scalar_t x = at.x, y = at.y;
+  if (!(x > -1 && x < static_cast<scalar_t>(width) && y > -1 && y < static_cast<scalar_t>(height))) return {-1, 0, 0};
+  const int64_t left = floor_to_integer(x), top = floor_to_integer(y);
+  return {(top + 1) * (width + 2) + left + 1, x - static_cast<scalar_t>(left), y - static_cast<scalar_t>(top)};
+}
+
+// Keeps what a Lattice points at.
+struct Steps {
+  at::Tensor cameras, depths, columns, rows;
+  at::IntArrayRef image_size;
+  double min_depth;
+
+  template <typename scalar_t>
+  Lattice<scalar_t> lattice() const {
+    static_assert(sizeof(Camera<scalar_t>) == 31 * sizeof(scalar_t));
+    return {reinterpret_cast<const Camera<scalar_t>*>(cameras.const_data_ptr<scalar_t>()),
+            depths.const_data_ptr<scalar_t>(),
+            columns.const_data_ptr<scalar_t>(),
+            rows.const_data_ptr<scalar_t>(),
+            static_cast<scalar_t>(image_size[1] - 1),
+            static_cast<scalar_t>(image_size[0] - 1),
+            static_cast<scalar_t>(columns.size(0) - 1),
+            static_cast<scalar_t>(rows.size(0) - 1),
+            static_cast<scalar_t>(min_depth)};
   }
+};
+
+inline Steps prepare_steps(const Geometry& geometry, int64_t height, int64_t width, at::ScalarType dtype,
+                           double min_depth) {
+  std::vector<at::Tensor> parts;
+  for (const auto& [name, tensor] : geometry.cameras()) parts.push_back(tensor->to(dtype).flatten(1));
+  const at::TensorOptions options = geometry.depths.options().dtype(dtype);
+  return {at::cat(parts, 1),
+          geometry.depths.to(dtype).contiguous(),
+          at::linspace(0, geometry.image_size[1] - 1, width, options),
+          at::linspace(0, geometry.image_size[0] - 1, height, options),
+          geometry.image_size,
+          min_depth};
 }
 
 // The callers in Python check with better messages; these keep a direct call through torch.ops inside its memory.
-inline Options check_arguments(const at::Tensor& current, const at::Tensor& reference, const at::Tensor& homography,
-                               const at::Tensor& epipole, const at::Tensor& depths,
+inline Options check_arguments(const at::Tensor& current, const at::Tensor& reference, const Geometry& geometry,
                                std::optional<int64_t> invalid_channel, bool invalid_by_position,
                                double invalid_penalty, double min_depth) {
   TORCH_CHECK(current.dim() == 4, "plane_sweep: current must be (N, C, H, W), got ", current.sizes());
@@ -58,15 +198,24 @@ inline Options check_arguments(const at::Tensor& current, const at::Tensor& refe
   TORCH_CHECK(reference.scalar_type() == current.scalar_type(), "plane_sweep: reference must be ",
               current.scalar_type(), " as current is, got ", reference.scalar_type());
   const int64_t cameras = current.size(0), channels = current.size(1);
-  TORCH_CHECK(homography.sizes() == at::IntArrayRef({cameras, 3, 3}),
-              "plane_sweep: infinite_homography must be (", cameras, ", 3, 3), got ", homography.sizes());
-  TORCH_CHECK(epipole.sizes() == at::IntArrayRef({cameras, 3}), "plane_sweep: epipole must be (", cameras,
-              ", 3), got ", epipole.sizes());
-  TORCH_CHECK(depths.dim() == 1, "plane_sweep: depths must be (D,), got ", depths.sizes());
-  for (const at::Tensor* tensor : {&reference, &homography, &epipole, &depths}) {
-    TORCH_CHECK(tensor->device() == current.device(), "plane_sweep: all tensors must be on ", current.device(),
-                " as current is, got ", tensor->device());
+  const std::array<std::vector<int64_t>, 6> shapes{{{cameras, 2, 2}, {cameras, 2, 2}, {cameras, 2},
+                                                    {cameras, 3, 3}, {cameras, 3}, {cameras, 3, 3}}};
+  const auto on_device = [&](const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.device() == current.device(), "plane_sweep: ", name, " must be on ", current.device(),
+                " as current is, got ", tensor.device());
+  };
+  const auto named = geometry.cameras();
+  for (size_t i = 0; i < named.size(); ++i) {
+    const auto& [name, tensor] = named[i];
+    TORCH_CHECK(tensor->sizes() == at::IntArrayRef(shapes[i]), "plane_sweep: ", name, " must be ",
+                at::IntArrayRef(shapes[i]), ", got ", tensor->sizes());
+    on_device(name, *tensor);
   }
+  TORCH_CHECK(geometry.image_size.size() == 2 && geometry.image_size[0] >= 2 && geometry.image_size[1] >= 2,
+              "plane_sweep: image_size must be two lengths of at least 2, got ", geometry.image_size);
+  TORCH_CHECK(geometry.depths.dim() == 1, "plane_sweep: depths must be (D,), got ", geometry.depths.sizes());
+  on_device("reference", reference);
+  on_device("depths", geometry.depths);
   if (invalid_channel) {
     TORCH_CHECK(*invalid_channel >= 0 && *invalid_channel < channels, "plane_sweep: invalid_channel must be below ",
                 channels, ", got ", *invalid_channel);

@@ -6,8 +6,9 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <type_traits>
+#include <vector>
 
-#include "multiversion.h"
 #include "plane_sweep.h"
 
 // The width of the vectors differs from version to version, which MMDET3D_MULTIVERSION cannot express.
@@ -116,49 +117,68 @@ Difference<scalar_t> choose_difference() {
 }
 
 template <typename scalar_t>
-Weights<scalar_t> interpolation_weights(const Position& position) {
+Weights<scalar_t> interpolation_weights(const Position<scalar_t>& position) {
   const scalar_t right = position.right, lower = position.lower;
   return {(1 - right) * (1 - lower), right * (1 - lower), (1 - right) * lower, right * lower};
+}
+
+// Positions of one pixel of the current map at all depths.
+template <typename scalar_t>
+MMDET3D_INLINE void positions_body(const Lattice<scalar_t>& lattice, int64_t num_depths, int64_t camera, int64_t x,
+                                   int64_t y, scalar_t* __restrict__ at_x, scalar_t* __restrict__ at_y) {
+  const Lattice<scalar_t> steps = lattice;  // copies, which the results cannot overwrite
+  const Camera<scalar_t> rig = lattice.cameras[camera];
+  const Point<scalar_t> pixel = original_pixel(rig, steps.columns[x], steps.rows[y]);
+  for (int64_t d = 0; d < num_depths; ++d) {
+    const Point<scalar_t> at = older_position(steps, rig, pixel, steps.depths[d]);
+    at_x[d] = at.x;
+    at_y[d] = at.y;
+  }
+}
+
+MMDET3D_MULTIVERSION void find_positions(const Lattice<float>& lattice, int64_t num_depths, int64_t camera, int64_t x,
+                                         int64_t y, float* at_x, float* at_y) {
+  positions_body(lattice, num_depths, camera, x, y, at_x, at_y);
+}
+MMDET3D_MULTIVERSION void find_positions(const Lattice<double>& lattice, int64_t num_depths, int64_t camera, int64_t x,
+                                         int64_t y, double* at_x, double* at_y) {
+  positions_body(lattice, num_depths, camera, x, y, at_x, at_y);
 }
 
 template <typename scalar_t>
 struct Sweep {
   const scalar_t* current;    // (N, H, W, C)
   const scalar_t* reference;  // (N, H + 2, W + 2, C)
-  const double* homography;   // (N, 3, 3)
-  const double* epipole;      // (N, 3)
-  const double* depths;       // (D,)
-  scalar_t* cost;             // (N, D, H, W)
+  Lattice<scalar_t> lattice;
+  scalar_t* cost;  // (N, D, H, W)
   int64_t channels, num_depths, height, width;
   Options options;
   Difference<scalar_t> difference = choose_difference<scalar_t>();
 
-  // All depths of the pixels of one row; `row` counts through the rows of all cameras.
-  void row(int64_t row) const {
+  // All depths of the pixels of one row; `row` counts through the rows of all cameras. `positions` holds 2 D values.
+  void row(int64_t row, scalar_t* positions) const {
     const int64_t camera = row / height, y = row % height;
     const scalar_t* map = reference + camera * (height + 2) * (width + 2) * channels;
     for (int64_t x = 0; x < width; ++x) {
       const scalar_t* features = current + (row * width + x) * channels;
       scalar_t* out = cost + (camera * num_depths * height + y) * width + x;
-      pixel(features, map, camera, x, y, out);
+      find_positions(lattice, num_depths, camera, x, y, positions, positions + num_depths);
+      pixel(features, map, positions, out);
     }
   }
 
-  void pixel(const scalar_t* features, const scalar_t* map, int64_t camera, int64_t x, int64_t y,
-             scalar_t* out) const {
-    double at_infinity[3];
-    project_to_infinity(homography + 9 * camera, x, y, at_infinity);
+  void pixel(const scalar_t* features, const scalar_t* map, const scalar_t* positions, scalar_t* out) const {
     scalar_t outside = 0;
     for (int64_t c = 0; c < channels; ++c) outside += std::abs(features[c]);
     const bool penalise_outside = options.invalid_by_position || options.invalid_channel >= 0;
     const scalar_t penalty = options.invalid_penalty;
     for (int64_t d = 0; d < num_depths; ++d, out += height * width) {
-      const Position at = locate(at_infinity, epipole + 3 * camera, depths[d], height, width, options.min_depth);
+      const Position<scalar_t> at = locate<scalar_t>({positions[d], positions[num_depths + d]}, height, width);
       if (at.index < 0) {
         *out = penalise_outside ? outside + penalty : outside;
         continue;
       }
-      const Weights<scalar_t> weights = interpolation_weights<scalar_t>(at);
+      const Weights<scalar_t> weights = interpolation_weights(at);
       const scalar_t* upper = map + at.index * channels;
       const scalar_t* lower = upper + (width + 2) * channels;
       *out = difference(features, upper, lower, weights, channels);
@@ -174,28 +194,31 @@ struct Sweep {
   }
 };
 
-at::Tensor plane_sweep_cpu(const at::Tensor& current, const at::Tensor& reference, const at::Tensor& homography,
-                           const at::Tensor& epipole, const at::Tensor& depths,
-                           std::optional<int64_t> invalid_channel, bool invalid_by_position, double invalid_penalty,
-                           double min_depth) {
-  const Options options = check_arguments(current, reference, homography, epipole, depths, invalid_channel,
-                                          invalid_by_position, invalid_penalty, min_depth);
+at::Tensor plane_sweep_cpu(const at::Tensor& current, const at::Tensor& reference,
+                           const at::Tensor& pixel_from_augmented, const at::Tensor& augmentation,
+                           const at::Tensor& offset, const at::Tensor& older_from_pixel,
+                           const at::Tensor& translation, const at::Tensor& intrinsics, at::IntArrayRef image_size,
+                           const at::Tensor& depths, std::optional<int64_t> invalid_channel, bool invalid_by_position,
+                           double invalid_penalty, double min_depth) {
+  const Geometry geometry{pixel_from_augmented, augmentation, offset,     older_from_pixel,
+                          translation,          intrinsics,   image_size, depths};
+  const Options options = check_arguments(current, reference, geometry, invalid_channel, invalid_by_position,
+                                          invalid_penalty, min_depth);
   const int64_t cameras = current.size(0), height = current.size(2), width = current.size(3);
+  const int64_t num_depths = depths.size(0);
   const at::ScalarType dtype = at::promote_types(current.scalar_type(), at::kFloat);
-  at::Tensor cost = at::empty({cameras, depths.size(0), height, width}, current.options().dtype(dtype));
+  at::Tensor cost = at::empty({cameras, num_depths, height, width}, current.options().dtype(dtype));
   if (cost.numel() == 0) return cost;
-  const at::Tensor matrices = homography.to(at::kDouble).contiguous();
-  const at::Tensor epipoles = epipole.to(at::kDouble).contiguous();
-  const at::Tensor distances = depths.to(at::kDouble).contiguous();
+  const Steps steps = prepare_steps(geometry, height, width, dtype, min_depth);
   AT_DISPATCH_FLOATING_TYPES(dtype, "plane_sweep_cpu", [&] {
     const at::Tensor now = channels_last(current, 0, kStep<scalar_t>, dtype);
     const at::Tensor before = channels_last(reference, 1, kStep<scalar_t>, dtype);
-    const Sweep<scalar_t> sweep{
-        now.const_data_ptr<scalar_t>(),    before.const_data_ptr<scalar_t>(),  matrices.const_data_ptr<double>(),
-        epipoles.const_data_ptr<double>(), distances.const_data_ptr<double>(), cost.mutable_data_ptr<scalar_t>(),
-        now.size(3), depths.size(0), height, width, options};
+    const Sweep<scalar_t> sweep{now.const_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(),
+                                steps.lattice<scalar_t>(),      cost.mutable_data_ptr<scalar_t>(),
+                                now.size(3), num_depths, height, width, options};
     at::parallel_for(0, cameras * height, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) sweep.row(row);
+      std::vector<scalar_t> positions(2 * num_depths);
+      for (int64_t row = begin; row < end; ++row) sweep.row(row, positions.data());
     });
   });
   return cost;

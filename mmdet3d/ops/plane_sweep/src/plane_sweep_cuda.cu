@@ -55,10 +55,8 @@ struct Maps {
   using acc_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ current;    // (N, H, W, C)
   const scalar_t* __restrict__ reference;  // (N, H + 2, W + 2, C)
-  const double* __restrict__ homography;   // (N, 3, 3)
-  const double* __restrict__ epipole;      // (N, 3)
-  const double* __restrict__ depths;       // (D,)
-  acc_t* __restrict__ cost;                // (N, D, H, W)
+  Lattice<acc_t> lattice;
+  acc_t* __restrict__ cost;  // (N, D, H, W)
   int64_t channels, num_depths, height, width;
   Options options;
 };
@@ -143,11 +141,12 @@ __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t p
   const int count = static_cast<int>(min(static_cast<int64_t>(kWarp), maps.num_depths - first_depth));
   LanePosition<acc_t> own{-1, 0, 0};
   if (lane < count) {
-    double at_infinity[3];
-    project_to_infinity(maps.homography + 9 * camera, pixel % maps.width, pixel / maps.width, at_infinity);
-    const Position at = locate(at_infinity, maps.epipole + 3 * camera, maps.depths[first_depth + lane], maps.height,
-                               maps.width, maps.options.min_depth);
-    own = {static_cast<int>(at.index), static_cast<acc_t>(at.right), static_cast<acc_t>(at.lower)};
+    const Lattice<acc_t>& lattice = maps.lattice;
+    const Camera<acc_t>& rig = lattice.cameras[camera];
+    const acc_t u = lattice.columns[pixel % maps.width], v = lattice.rows[pixel / maps.width];
+    const Point<acc_t> at = older_position(lattice, rig, original_pixel(rig, u, v), lattice.depths[first_depth + lane]);
+    const Position<acc_t> position = locate(at, maps.height, maps.width);
+    own = {static_cast<int>(position.index), position.right, position.lower};
   }
   acc_t total = lane_penalty<scalar_t, acc_t>(maps, map, own);
   for (int64_t first = 0; first < maps.channels; first += 8 * kWarp) {
@@ -196,12 +195,16 @@ __global__ void __launch_bounds__(kWarp* kWarps) plane_sweep_kernel(const Maps<s
   }
 }
 
-at::Tensor plane_sweep_cuda(const at::Tensor& current, const at::Tensor& reference, const at::Tensor& homography,
-                            const at::Tensor& epipole, const at::Tensor& depths,
-                            std::optional<int64_t> invalid_channel, bool invalid_by_position, double invalid_penalty,
-                            double min_depth) {
-  const Options options = check_arguments(current, reference, homography, epipole, depths, invalid_channel,
-                                          invalid_by_position, invalid_penalty, min_depth);
+at::Tensor plane_sweep_cuda(const at::Tensor& current, const at::Tensor& reference,
+                            const at::Tensor& pixel_from_augmented, const at::Tensor& augmentation,
+                            const at::Tensor& offset, const at::Tensor& older_from_pixel,
+                            const at::Tensor& translation, const at::Tensor& intrinsics, at::IntArrayRef image_size,
+                            const at::Tensor& depths, std::optional<int64_t> invalid_channel, bool invalid_by_position,
+                            double invalid_penalty, double min_depth) {
+  const Geometry geometry{pixel_from_augmented, augmentation, offset,     older_from_pixel,
+                          translation,          intrinsics,   image_size, depths};
+  const Options options = check_arguments(current, reference, geometry, invalid_channel, invalid_by_position,
+                                          invalid_penalty, min_depth);
   const c10::cuda::CUDAGuard guard(current.device());
   const int64_t cameras = current.size(0), height = current.size(2), width = current.size(3);
   const at::ScalarType dtype = at::promote_types(current.scalar_type(), at::kFloat);
@@ -211,17 +214,14 @@ at::Tensor plane_sweep_cuda(const at::Tensor& current, const at::Tensor& referen
   constexpr int64_t kLimit = std::numeric_limits<int>::max();
   TORCH_CHECK((height + 2) * (width + 2) <= kLimit && blocks <= kLimit, "plane_sweep: ", height, " x ", width,
               " pixels of ", cameras, " cameras are more than one launch can serve");
-  const at::Tensor matrices = homography.to(at::kDouble).contiguous();
-  const at::Tensor epipoles = epipole.to(at::kDouble).contiguous();
-  const at::Tensor distances = depths.to(at::kDouble).contiguous();
+  const Steps steps = prepare_steps(geometry, height, width, dtype, min_depth);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, current.scalar_type(), "plane_sweep_cuda", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const at::Tensor now = channels_last(current, 0, Pack<scalar_t>::size, current.scalar_type());
     const at::Tensor before = channels_last(reference, 1, Pack<scalar_t>::size, current.scalar_type());
     const Maps<scalar_t> maps{
-        now.const_data_ptr<scalar_t>(),    before.const_data_ptr<scalar_t>(),  matrices.const_data_ptr<double>(),
-        epipoles.const_data_ptr<double>(), distances.const_data_ptr<double>(), cost.mutable_data_ptr<acc_t>(),
-        now.size(3), depths.size(0), height, width, options};
+        now.const_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(), steps.lattice<acc_t>(),
+        cost.mutable_data_ptr<acc_t>(), now.size(3), depths.size(0), height, width, options};
     const auto stream = at::cuda::getCurrentCUDAStream();
     plane_sweep_kernel<scalar_t><<<static_cast<unsigned>(blocks), kWarp * kWarps, 0, stream>>>(maps);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
