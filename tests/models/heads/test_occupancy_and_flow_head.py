@@ -28,7 +28,7 @@ def flow_head(**options):
 
 
 def test_full_resolution_features_have_the_axes_of_labels():
-    """A ramp along each axis stays one, at its axis' place: at index i it is (i + 0.5) / 2 - 0.5, held at the borders."""
+    """A ramp along each axis stays one, in its axis: at index i it is (i + 0.5) / 2 - 0.5, held at the borders."""
     z, y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (Z, Y, X)), indexing="ij")
     features = full_resolution_features(torch.stack([100 * x + 10 * y + z, -y])[None])
     assert features.shape == (1, 2 * X, 2 * Y, 2 * Z, 2)
