@@ -61,6 +61,9 @@ def wants_cuda():
 
 def operator_extension():
     """The one extension module that holds all operators, and its build command."""
+    # PyTorch compiles with c++ and setuptools links with g++ by default; where these are two different compilers, the
+    # library would get the C++ runtime of the wrong one.
+    os.environ.setdefault("CXX", "c++")
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     pattern = "mmdet3d/ops/*/src/*"
@@ -82,7 +85,7 @@ def operator_extension():
     module = extension(
         "mmdet3d.ops._C", sources, include_dirs=[str(ROOT / "mmdet3d/ops/src")],
         extra_compile_args=flags, extra_link_args=openmp,
-        define_macros=[("MMDET3D_WITH_CUDA", None)] if with_cuda else [],
+        define_macros=macros,
     )
     return [module], {"build_ext": BuildExtension.with_options(use_ninja=True, no_python_abi_suffix=True)}
 

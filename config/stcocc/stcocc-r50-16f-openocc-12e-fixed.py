@@ -22,8 +22,8 @@ model = dict(
             transformerlayers=dict(attn_cfgs=[
                 dict(type="OA_TemporalAttention", embed_dims={{_base_.channels}}, num_levels=1, num_points={{_base_.bev_z}},
                      dropout=0.0, scrambled_reduction=False, interleaved_history_rows=False),
-                dict(type="OA_SpatialCrossAttention", embed_dims={{_base_.channels}}, pc_range={{_base_.point_cloud_range}},
-                     dbound={{_base_.grid_config.depth}}, dropout=0.0, shared_occlusion_buffer=False,
+                dict(type="OA_SpatialCrossAttention", embed_dims={{_base_.channels}}, dropout=0.0,
+                     dbound={{_base_.grid_config.depth}}, shared_occlusion_buffer=False,
                      deformable_attention=dict(
                          type="OA_MSDeformableAttention3D", embed_dims={{_base_.channels}}, num_points={{_base_.bev_z}},
                          num_levels=1, squared_sigma=False, distance_to_neighbours=False, softmax_depth=False)),
@@ -31,4 +31,5 @@ model = dict(
         )),
     ),
     temporal_fusion=dict(corner_origin=False),
+    flow_head=dict(gumbel_in_eval=False),
 )

@@ -43,8 +43,8 @@ train_pipeline = [
     {{_base_.load_points}},
     dict(type="PointToMultiViewDepth", downsample=1, grid_config={{_base_.grid_config}}),
     dict(type="DefaultFormatBundle3D", class_names={{_base_.class_names}}),
-    dict(type="Collect3D", keys=["img_inputs", "gt_depth", "voxel_semantics", "voxel_semantics_1_2", "voxel_semantics_1_4",
-                                 "voxel_semantics_1_8", "voxel_flows"]),
+    dict(type="Collect3D", keys=["img_inputs", "gt_depth", "voxel_semantics", "voxel_semantics_1_2",
+                                 "voxel_semantics_1_4", "voxel_semantics_1_8", "voxel_flows"]),
 ]
 test_pipeline = [
     dict(type="PrepareImageInputs", is_train=False, data_config={{_base_.data_config}}, sequential=True),

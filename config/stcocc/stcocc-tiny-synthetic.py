@@ -1,4 +1,4 @@
-"""A tiny STCOcc that a CPU can train: the same modules, 64 x 176 images, a 40 x 40 x 8 grid of 2 m x 2 m x 0.8 m voxels.
+"""A tiny STCOcc that a CPU can train: the same modules, 64 x 176 images, 40 x 40 x 8 voxels of 2 m x 2 m x 0.8 m.
 
 For tests and for the built-in synthetic world; its scores say nothing about nuScenes.
 """
@@ -33,8 +33,8 @@ model = dict(
     val_top_k=top_k,
     forward_projection=dict(
         adjust_channel=channels,
-        img_backbone=dict(_delete_=True, type="ResNet", depth=18, base_channels=16, num_stages=4, out_indices=(0, 2, 3),
-                          norm_cfg=dict(type="BN", requires_grad=True), norm_eval=False, with_cp=False, style="pytorch"),
+        img_backbone=dict(_delete_=True, type="ResNet", depth=18, base_channels=16, num_stages=4,
+                          out_indices=(0, 2, 3), norm_cfg=dict(type="BN", requires_grad=True), norm_eval=False, with_cp=False, style="pytorch"),
         img_neck=dict(in_channels=[64, 128], out_channels=32),
         img_view_transformer=dict(
             grid_config=grid_config,
@@ -67,8 +67,8 @@ model = dict(
                 transformerlayers=dict(
                     attn_cfgs=[
                         dict(type="OA_TemporalAttention", **attention),
-                        dict(type="OA_SpatialCrossAttention", embed_dims=channels, dbound=grid_config["depth"], dropout=0.0,
-                             deformable_attention=dict(type="OA_MSDeformableAttention3D", **attention)),
+                        dict(type="OA_SpatialCrossAttention", embed_dims=channels, dbound=grid_config["depth"],
+                             dropout=0.0, deformable_attention=dict(type="OA_MSDeformableAttention3D", **attention)),
                     ],
                     conv_cfgs=dict(embed_dims=channels),
                 ),

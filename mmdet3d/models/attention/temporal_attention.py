@@ -17,8 +17,8 @@ def scrambled_mean(output: Tensor, num_queue: int) -> Tensor:
     """Average the sampled queue entries the way the released weights were trained.
 
     The contiguous [num_queue * B, Q, C] result is reinterpreted, without a permutation, as [Q, C, B, num_queue]
-    before the mean over the last axis. For B = 1 the first half of the output channels therefore comes from the
-    history only and the second half from the current map only; for B > 1 the samples of a batch mix.
+    before the mean over the last axis. For B = 1 the first half of the queries therefore gets history only, the second
+    half the current map only, each the mean of two neighbouring channels; for B > 1 the samples of a batch mix too.
     """
     rows, num_query, channels = output.shape
     mixed = output.reshape(num_query, channels, rows // num_queue, num_queue).mean(-1)

@@ -32,7 +32,8 @@ class CameraFrame:
     post_aug: Tensor
 
 
-def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int) -> tuple[list[Tensor], list[CameraFrame]]:
+def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int
+                 ) -> tuple[list[Tensor], list[CameraFrame]]:
     """Images and cameras of each frame, newest first.
 
     Relative poses are formed in float64, because global translations are large, and returned as float32. The key ego
@@ -54,12 +55,13 @@ def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int)
     batch = images.shape[0]
     total = num_cams * num_frames
     if images.dim() != 5 or images.shape[1] != total:
-        raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, 3, H, W], "
-                         f"got {tuple(images.shape)}")
+        raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, 3, H, "
+                         f"W], got {tuple(images.shape)}")
     names = ("sensor2ego", "ego2global", "intrinsics", "post_aug")
     for position, (name, matrix) in enumerate(zip(names, img_inputs[1:5], strict=True), 1):
         if matrix.shape != (batch, total, 4, 4):
-            raise ValueError(f"img_inputs[{position}] ({name}) must be {(batch, total, 4, 4)}, got {tuple(matrix.shape)}")
+            raise ValueError(f"img_inputs[{position}] ({name}) must be {(batch, total, 4, 4)}, "
+                             f"got {tuple(matrix.shape)}")
     pictures = images.unflatten(1, (num_cams, num_frames)).unbind(2)
     frames = (num_frames, num_cams)
     global_from_ego = global_from_ego.unflatten(1, frames).double()

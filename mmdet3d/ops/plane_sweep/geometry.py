@@ -73,22 +73,11 @@ def sweep_positions(
 
 
 def _product(matrix: Tensor, vector: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
-    """Matrix (N, R, K, 1, 1, 1) times vector of K tensors, summed in order by fused multiply-adds."""
+    """Matrix (N, R, K, 1, 1, 1) times vector of K tensors, every product and every sum rounded, in order."""
     rows = []
     for row in range(matrix.shape[1]):
         total = matrix[:, row, 0] * vector[0]
         for k in range(1, matrix.shape[2]):
-            total = _fused(matrix[:, row, k], vector[k], total)
+            total = total + matrix[:, row, k] * vector[k]
         rows.append(total)
     return rows
-
-
-def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``a * b + c`` with one rounding, as a fused multiply-add does, for float32; with two for float64.
-
-    A float32 product is exact in float64. The sum is rounded to float64 before float32, which changes the result
-    in about one of 2^29 cases.
-    """
-    if a.dtype == torch.float64:
-        return a * b + c
-    return (a.double() * b.double() + c.double()).to(a.dtype)

@@ -57,7 +57,7 @@ def plane_sweep(
     ``grid_sample``); a map one pixel wide or high has all its positions on that pixel.
 
     **Rounding.** The steps are taken in float32, or float64 for float64 features, for each point, and each is
-    rounded; sums of products are chains of fused multiply-adds in the order of the columns. Composing the matrices,
+    rounded, products and sums of a matrix product one by one, in the order of the columns. Composing the matrices,
     even in float64, is more accurate but is not the same: where a position falls on an integer within rounding
     (1e-6 pixels), the last bit decides whether a neighbouring pixel has a weight, and hence, if that one alone is
     not 0, whether ``invalid_channel`` calls the position invalid, which costs ``invalid_penalty``. Released

@@ -21,3 +21,11 @@
 #else
 #define MMDET3D_INLINE inline
 #endif
+
+// In front of a function whose products and sums must each be rounded: GCC would join them to fused multiply-adds where
+// the processor has the instruction. Clang joins only what stands in one expression.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MMDET3D_UNFUSED __attribute__((optimize("fp-contract=off")))
+#else
+#define MMDET3D_UNFUSED
+#endif

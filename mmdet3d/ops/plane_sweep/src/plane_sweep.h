@@ -57,7 +57,7 @@ struct Lattice {
 };
 
 // Operations that are rounded one by one. CUDA's compiler would otherwise join a product with the sum that follows.
-// C++ compilers may do so too, hence no product below goes straight into a sum: it is `fused` instead, or exact.
+// C++ compilers may do so too, hence MMDET3D_UNFUSED for what calls these on the host.
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
@@ -65,8 +65,6 @@ __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b);
 __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ __forceinline__ double divide(double a, double b) { return __ddiv_rn(a, b); }
-__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 #else
 template <typename scalar_t>
 C10_HOST_DEVICE MMDET3D_INLINE scalar_t multiply(scalar_t a, scalar_t b) { return a * b; }
@@ -74,19 +72,16 @@ template <typename scalar_t>
 C10_HOST_DEVICE MMDET3D_INLINE scalar_t add(scalar_t a, scalar_t b) { return a + b; }
 template <typename scalar_t>
 C10_HOST_DEVICE MMDET3D_INLINE scalar_t divide(scalar_t a, scalar_t b) { return a / b; }
-// Also on a processor without the instruction: the C library computes the same, slowly.
-template <typename scalar_t>
-C10_HOST_DEVICE MMDET3D_INLINE scalar_t fused(scalar_t a, scalar_t b, scalar_t c) { return std::fma(a, b, c); }
 #endif
 
 template <typename scalar_t>
 C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[2], scalar_t x, scalar_t y) {
-  return fused(row[1], y, multiply(row[0], x));
+  return add(multiply(row[0], x), multiply(row[1], y));
 }
 
 template <typename scalar_t>
 C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[3], scalar_t x, scalar_t y, scalar_t z) {
-  return fused(row[2], z, fused(row[1], y, multiply(row[0], x)));
+  return add(add(multiply(row[0], x), multiply(row[1], y)), multiply(row[2], z));
 }
 
 template <typename scalar_t>

@@ -136,12 +136,14 @@ MMDET3D_INLINE void positions_body(const Lattice<scalar_t>& lattice, int64_t num
   }
 }
 
-MMDET3D_MULTIVERSION void find_positions(const Lattice<float>& lattice, int64_t num_depths, int64_t camera, int64_t x,
-                                         int64_t y, float* at_x, float* at_y) {
+MMDET3D_UNFUSED MMDET3D_MULTIVERSION void find_positions(const Lattice<float>& lattice, int64_t num_depths,
+                                                         int64_t camera, int64_t x, int64_t y, float* at_x,
+                                                         float* at_y) {
   positions_body(lattice, num_depths, camera, x, y, at_x, at_y);
 }
-MMDET3D_MULTIVERSION void find_positions(const Lattice<double>& lattice, int64_t num_depths, int64_t camera, int64_t x,
-                                         int64_t y, double* at_x, double* at_y) {
+MMDET3D_UNFUSED MMDET3D_MULTIVERSION void find_positions(const Lattice<double>& lattice, int64_t num_depths,
+                                                         int64_t camera, int64_t x, int64_t y, double* at_x,
+                                                         double* at_y) {
   positions_body(lattice, num_depths, camera, x, y, at_x, at_y);
 }
 
