@@ -48,7 +48,8 @@ model = dict(
             with_cp=True,
             style="pytorch",
         ),
-        img_neck=dict(type="CustomFPN", in_channels=[1024, 2048], out_channels=256, num_outs=1, start_level=0, out_ids=[0]),
+        img_neck=dict(
+            type="CustomFPN", in_channels=[1024, 2048], out_channels=256, num_outs=1, start_level=0, out_ids=[0]),
         img_view_transformer=dict(
             type="LSSVStereoForwardPorjection",
             grid_config=grid_config,
@@ -96,7 +97,9 @@ model = dict(
                 transformerlayers=dict(
                     type="BEVFormerEncoderLayer",
                     attn_cfgs=[
-                        dict(type="OA_TemporalAttention", embed_dims=channels, num_levels=1, num_points=bev_z, dropout=0.0),
+                        dict(
+                            type="OA_TemporalAttention", embed_dims=channels, num_levels=1, num_points=bev_z, dropout=0.0
+                        ),
                         dict(
                             type="OA_SpatialCrossAttention",
                             embed_dims=channels,

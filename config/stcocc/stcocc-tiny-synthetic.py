@@ -34,7 +34,8 @@ model = dict(
     forward_projection=dict(
         adjust_channel=channels,
         img_backbone=dict(_delete_=True, type="ResNet", depth=18, base_channels=16, num_stages=4,
-                          out_indices=(0, 2, 3), norm_cfg=dict(type="BN", requires_grad=True), norm_eval=False, with_cp=False, style="pytorch"),
+                          out_indices=(0, 2, 3), norm_cfg=dict(type="BN", requires_grad=True), norm_eval=False,
+                          with_cp=False, style="pytorch"),
         img_neck=dict(in_channels=[64, 128], out_channels=32),
         img_view_transformer=dict(
             grid_config=grid_config,

@@ -15,9 +15,11 @@ dataset = dict(
     use_valid_flag=True,
     eval_metric="rayiou",
 )
-val_dataset = dict(ann_file=data_root + "stcocc-nuscenes_infos_val.pkl", test_mode=True, sequences_split_num=1, **dataset)
+val_dataset = dict(
+    ann_file=data_root + "stcocc-nuscenes_infos_val.pkl", test_mode=True, sequences_split_num=1, **dataset)
 data = dict(
-    train=dict(ann_file=data_root + "stcocc-nuscenes_infos_train.pkl", test_mode=False, sequences_split_num=2, **dataset),
+    train=dict(
+        ann_file=data_root + "stcocc-nuscenes_infos_train.pkl", test_mode=False, sequences_split_num=2, **dataset),
     val=val_dataset,
     test=val_dataset,
 )

@@ -55,8 +55,8 @@ def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int
     batch = images.shape[0]
     total = num_cams * num_frames
     if images.dim() != 5 or images.shape[1] != total:
-        raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, 3, H, "
-                         f"W], got {tuple(images.shape)}")
+        raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, 3, "
+                         f"H, W], got {tuple(images.shape)}")
     names = ("sensor2ego", "ego2global", "intrinsics", "post_aug")
     for position, (name, matrix) in enumerate(zip(names, img_inputs[1:5], strict=True), 1):
         if matrix.shape != (batch, total, 4, 4):
