@@ -14,6 +14,7 @@ Environment:
 
 import glob
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -80,8 +81,9 @@ def operator_extension():
         extension = CUDAExtension
         if not os.environ.get("TORCH_CUDA_ARCH_LIST") and (architectures := cuda_architectures()):
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        macros = [("MMDET3D_WITH_CUDA", None), ("MMDET3D_CUDA_ARCH", f'\\"{architectures}\\"')]
+        # Without quotes, blanks, semicolons and commas, which shells and nvcc would read in their own way.
+        architectures = re.sub(r"[;,\s]+", ":", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+        macros = [("MMDET3D_WITH_CUDA", None), ("MMDET3D_CUDA_ARCH", architectures)]
     module = extension(
         "mmdet3d.ops._C", sources, include_dirs=[str(ROOT / "mmdet3d/ops/src")],
         extra_compile_args=flags, extra_link_args=openmp,

@@ -98,7 +98,11 @@ model = dict(
                     type="BEVFormerEncoderLayer",
                     attn_cfgs=[
                         dict(
-                            type="OA_TemporalAttention", embed_dims=channels, num_levels=1, num_points=bev_z, dropout=0.0
+                            type="OA_TemporalAttention",
+                            embed_dims=channels,
+                            num_levels=1,
+                            num_points=bev_z,
+                            dropout=0.0,
                         ),
                         dict(
                             type="OA_SpatialCrossAttention",

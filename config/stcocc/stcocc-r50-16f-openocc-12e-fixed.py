@@ -21,7 +21,8 @@ model = dict(
             refresh_value_queue=True,
             transformerlayers=dict(attn_cfgs=[
                 dict(type="OA_TemporalAttention", embed_dims={{_base_.channels}}, num_levels=1,
-                     num_points={{_base_.bev_z}}, dropout=0.0, scrambled_reduction=False, interleaved_history_rows=False),
+                     num_points={{_base_.bev_z}}, dropout=0.0, scrambled_reduction=False,
+                     interleaved_history_rows=False),
                 dict(type="OA_SpatialCrossAttention", embed_dims={{_base_.channels}}, dropout=0.0,
                      dbound={{_base_.grid_config.depth}}, shared_occlusion_buffer=False,
                      deformable_attention=dict(

@@ -3,7 +3,11 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
+
+#define MMDET3D_TEXT(...) #__VA_ARGS__
+#define MMDET3D_EXPAND_TEXT(...) MMDET3D_TEXT(__VA_ARGS__)
 
 TORCH_LIBRARY_FRAGMENT(mmdet3d, m) {
   // Asked by mmdet3d.utils.env: a library built without CUDA kernels has no CUDA implementation to offer.
@@ -15,8 +19,12 @@ TORCH_LIBRARY_FRAGMENT(mmdet3d, m) {
 #endif
   });
 #ifdef MMDET3D_CUDA_ARCH
-  // The TORCH_CUDA_ARCH_LIST of the build.
-  m.def("cuda_architectures() -> str", [] { return std::string(MMDET3D_CUDA_ARCH); });
+  // The TORCH_CUDA_ARCH_LIST of the build, such as "8.6;9.0+PTX"; setup.py passes it with colons.
+  m.def("cuda_architectures() -> str", [] {
+    std::string names = MMDET3D_EXPAND_TEXT(MMDET3D_CUDA_ARCH);
+    std::replace(names.begin(), names.end(), ':', ';');
+    return names;
+  });
 #endif
 }
 
