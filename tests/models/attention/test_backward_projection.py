@@ -1,7 +1,7 @@
 """What a stage's wrapper prepares for its transformer: query, previous map, augmentation, displacement."""
 
 import pytest
-import stage
+import small_stage as stage
 import torch
 from torch.nn import functional as F
 

@@ -1,7 +1,7 @@
 """The encoder of a stage: occupancy predictor, recurrence of logits, value queue and the order within a layer."""
 
 import pytest
-import stage
+import small_stage as stage
 import torch
 
 from mmdet3d.models.attention.encoder_layer import BEVFormerEncoderLayer

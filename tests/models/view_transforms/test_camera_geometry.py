@@ -1,8 +1,8 @@
 """Frames, relative poses, the camera vector and frustum points, against NumPy and the literal steps of lifting."""
 
+import camera_rig as rig
 import numpy as np
 import pytest
-import rig
 import torch
 
 from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points, split_frames

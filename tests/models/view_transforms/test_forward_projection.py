@@ -1,7 +1,7 @@
 """The coarse encoder: which frame meets which, in what order volumes are stacked, and where gradient flows."""
 
+import camera_rig as rig
 import pytest
-import rig
 import torch
 
 from mmdet3d.models.view_transforms.geometry import split_frames

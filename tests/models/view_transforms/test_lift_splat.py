@@ -2,8 +2,8 @@
 
 import itertools
 
+import camera_rig as rig
 import pytest
-import rig
 import torch
 
 from mmdet3d.models.view_transforms import LSSForwardProjection, LSSVStereoForwardProjection

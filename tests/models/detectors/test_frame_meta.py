@@ -1,0 +1,62 @@
+"""The meta data of a batch as tensors."""
+
+import numpy as np
+import pytest
+import tiny_model as tiny
+import torch
+
+from mmdet3d.models.detectors.frame_meta import REQUIRED, FrameMeta
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def metas():
+    generator = torch.Generator().manual_seed(0)
+    _, metas = tiny.frame(2, starts=[True, False])
+    for meta in metas:
+        meta["lidar2img"] = torch.randn(tiny.CAMS, 4, 4, generator=generator)
+        meta["ego2lidar"] = torch.randn(1, 4, 4, generator=generator)
+    return metas
+
+
+def test_stacked_values(metas):
+    meta = FrameMeta.from_metas(metas, CPU)
+    assert meta.sequence_ids == (3, 5) and meta.starts == (True, False)
+    assert meta.ego_translation.dtype == meta.yaw.dtype == torch.float64
+    torch.testing.assert_close(meta.ego_translation, torch.tensor([[301.6, 120, 1], [301.6, 121, 1]]).double())
+    assert meta.yaw.tolist() == [0.0, 0.1]  # radians, the entry before the last
+    assert meta.previous_ego_from_ego[:, 0, 3].tolist() == pytest.approx([0.0, 0.8])
+    assert meta.image_from_ego.shape == (2, tiny.CAMS, 4, 4)
+    for b in range(2):
+        for n in range(tiny.CAMS):
+            expected = metas[b]["lidar2img"][n] @ metas[b]["ego2lidar"][0]
+            torch.testing.assert_close(meta.image_from_ego[b, n], expected)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, lambda matrix: np.asarray(matrix).astype(np.float64),
+                                     lambda matrix: np.asarray(matrix).tolist()])
+def test_arrays_lists_and_tensors_serve(metas, convert):
+    expected = FrameMeta.from_metas(metas, CPU)
+    for meta in metas:
+        for key in ("lidar2img", "ego2lidar", "curr_to_prev_ego_rt"):
+            meta[key] = convert(meta[key])
+        meta["sequence_group_idx"] = int(meta["sequence_group_idx"])
+        meta["start_of_sequence"] = np.bool_(meta["start_of_sequence"])
+    found = FrameMeta.from_metas(metas, CPU)
+    assert torch.equal(found.image_from_ego, expected.image_from_ego) and found.image_from_ego.dtype == torch.float32
+    assert torch.equal(found.previous_ego_from_ego, expected.previous_ego_from_ego)
+    assert (found.sequence_ids, found.starts) == (expected.sequence_ids, expected.starts)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_missing_key_is_named(metas, key):
+    del metas[1][key]
+    with pytest.raises(ValueError, match=rf"img_metas\[1\] lacks \['{key}'\]; it has \['"):
+        FrameMeta.from_metas(metas, CPU)
+
+
+def test_negative_sequence_numbers_are_refused(metas):
+    metas[0]["sequence_group_idx"] = -1
+    with pytest.raises(ValueError, match=r"img_metas\[0\]: sequence_group_idx must not be negative, got -1"):
+        FrameMeta.from_metas(metas, CPU)
