@@ -1,8 +1,9 @@
 """Registries and the config builder.
 
 One registry, :data:`MODELS`, holds every part of a model; :data:`DETECTORS`, :data:`HEADS`, :data:`ATTENTION` and the
-other names that config files and users of the mmdet family know are the same object. A ``type`` that is not ours is
-looked up in mmdet's and mmcv's registries, so that ``ResNet`` and the like work as usual.
+other names that config files and users of the mmdet family know are the same object. :data:`DATASETS` and
+:data:`PIPELINES` hold the data sets and the steps that make a sample. A ``type`` that is not ours is looked up in
+mmdet's and mmcv's registries, so that ``ResNet`` and the like work as usual.
 
 Unlike mmcv's ``build_from_cfg`` the builder never changes the config, and refuses unknown keys with a message that
 names the place in the config, the key and the accepted keys.
@@ -40,8 +41,12 @@ def config_place(name: str) -> Iterator[str]:
         _config_path.reset(token)
 
 
-def _fallbacks() -> list[Registry]:
-    """Registries of mmdet and mmcv, asked in this order for types that are not registered here."""
+def _fallbacks(registry: Registry) -> list[Registry]:
+    """Registries of mmdet and mmcv, asked in this order for types that are not registered in ``registry``."""
+    if registry is DATASETS or registry is PIPELINES:
+        from mmdet import datasets
+
+        return [datasets.DATASETS if registry is DATASETS else datasets.PIPELINES]
     from mmcv.cnn.bricks import registry as bricks
     from mmdet.models.builder import MODELS as MMDET_MODELS
     from mmdet.models.utils.builder import TRANSFORMER
@@ -57,7 +62,7 @@ def _find_class(kind: Any, registry: Registry, path: str) -> type:
         raise ConfigError(f"{path}.type: expected a registered name, got {kind!r}")
     if (found := registry.module_dict.get(kind)) is not None:
         return found
-    for other in _fallbacks():
+    for other in _fallbacks(registry):
         if (found := other.module_dict.get(kind)) is not None:
             return found
     near = difflib.get_close_matches(kind, registry.module_dict, n=1)
@@ -68,13 +73,15 @@ def _find_class(kind: Any, registry: Registry, path: str) -> type:
 def accepted_keys(cls: type) -> tuple[list[str], bool]:
     """Config keys that ``cls`` takes, and whether it takes any others too.
 
-    A constructor with ``**kwargs`` is read as handing them to the constructor of its parent class.
+    A constructor with ``**kwargs`` is read as handing them to the constructor of its parent class. A class without a
+    constructor takes nothing.
     """
     kinds = inspect.Parameter
     names: list[str] = []
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
+    constructors = [base for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    if not constructors:
+        return [], False
+    for base in constructors:
         parameters = inspect.signature(vars(base)["__init__"]).parameters
         names += [n for n, p in parameters.items()
                   if n not in ("self", *names) and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
@@ -138,3 +145,8 @@ def _registry_build(cfg: Mapping, registry: Registry, default_args: Mapping | No
 MODELS = Registry("models", build_func=_registry_build, parent=MMCV_MODELS, scope="mmdet3d")
 DETECTORS = BACKBONES = NECKS = HEADS = LOSSES = MODELS
 TRANSFORMER = TRANSFORMER_LAYER = TRANSFORMER_LAYER_SEQUENCE = ATTENTION = POSITIONAL_ENCODING = MODELS
+
+#: Data sets, by the name used for ``type`` in config files.
+DATASETS = Registry("datasets", build_func=_registry_build, scope="mmdet3d")
+#: Steps of the pipelines that make samples.
+PIPELINES = Registry("pipelines", build_func=_registry_build, scope="mmdet3d")

@@ -22,6 +22,9 @@ CAMERAS = (
 IGNORE_LABEL = 255
 """Label of voxels that have no ground truth."""
 
+GRID_SIZE = (200, 200, 16)
+"""Voxels (X, Y, Z) of the labels as released, 0.4 m a side, in x, y from -40 m to 40 m and z from -1 m to 5.4 m."""
+
 FLOW_CLASS_NAMES = (
     "car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle", "pedestrian",
 )

@@ -12,6 +12,8 @@ from torch import Tensor
 from mmdet3d.datasets.geometry import ego_to_global, lidar_to_ego, rigid_inverse, sensor_to_ego
 from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.pipelines.augmentation import ImageAugmentation, check_data_config
+from mmdet3d.datasets.pipelines.compose import generator
+from mmdet3d.registry import PIPELINES
 
 # Mean and standard deviation of ImageNet in the order red, green, blue ...
 MEAN = (123.675, 116.28, 103.53)
@@ -127,6 +129,14 @@ def lidar_to_image(info: Mapping, cameras: Sequence[str], post_augs: Tensor,
     return (post_augs.to(dtype) @ chain).float()
 
 
+def as_bytes(image: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """(3, H, W) uint8 channels blue, green, red of an (H, W, 3) uint8 RGB image, written into ``out``."""
+    for channel, source in enumerate(CHANNELS):
+        out[channel] = image[..., source]
+    return out
+
+
+@PIPELINES.register_module()
 class PrepareImageInputs:
     """Pipeline step: ``img_inputs`` and the camera matrices of one sample.
 
@@ -134,35 +144,54 @@ class PrepareImageInputs:
         data_config: ``cams``, ``input_size`` and the augmentation limits of the config file.
         is_train: Draw the augmentation; otherwise the fixed one of test time.
         sequential: Add the adjacent frames of the sample.
+        ship_uint8: Give the images as uint8 channels blue, green, red, a quarter of the bytes;
+            :func:`mmdet3d.datasets.pipelines.device.normalise_batch` makes the same floats of them after the transfer.
         single_precision: Multiply ``lidar2img`` in float32 as the published data has it; otherwise in float64.
-        reader: Where images come from. Default: a reader of its own that keeps the images of the latest samples, at
-            test time, when they return unchanged.
+        reader: Where images come from. Default: a reader of its own. At test time, when images return unchanged, it
+            keeps those of the latest samples, see :meth:`remember_samples`; in training it keeps those of one camera,
+            because at the start of a scene the adjacent frames are the current one.
 
     Raises:
         ValueError: ``data_config`` does not fit.
     """
 
+    # Twice the frames of a sample: the oldest of a sample were looked at before the newest of it.
+    IMAGES_OF_A_CAMERA = 6
+
     def __init__(self, data_config: Mapping, is_train: bool = False, sequential: bool = True, *,
-                 single_precision: bool = True, reader: ImageReader | None = None) -> None:
+                 ship_uint8: bool = False, single_precision: bool = True,
+                 reader: ImageReader | None = None) -> None:
         check_data_config(data_config)
         self.data_config = data_config
         self.cameras = tuple(data_config["cams"])
         self.is_train = is_train
         self.sequential = sequential
         self.dtype = torch.float32 if single_precision else torch.float64
-        # Twice the images of a sample of three frames: the oldest of a sample were looked at before the newest of it.
-        self.reader = ImageReader(0 if is_train else 6 * len(self.cameras)) if reader is None else reader
+        self.ship_uint8 = ship_uint8
+        self.reader = ImageReader(self.IMAGES_OF_A_CAMERA) if reader is None else reader
+        if reader is None:
+            self.remember_samples(1)
+
+    def remember_samples(self, samples_per_batch: int) -> None:
+        """At test time keep as many images that they are still there when the next frame of a sequence comes.
+
+        Args:
+            samples_per_batch: How many sequences take turns.
+        """
+        if not self.is_train:
+            self.reader.capacity = self.IMAGES_OF_A_CAMERA * len(self.cameras) * samples_per_batch
 
     def __call__(self, results: dict) -> dict:
         """Add the images and matrices of a sample; N cameras, F frames (the current one and the adjacent ones).
 
         Args:
-            results: Dict of :func:`mmdet3d.datasets.infos.sample_record`.
+            results: Dict of :func:`mmdet3d.datasets.infos.sample_record`; under ``rng`` the generator of the draws,
+                without it NumPy's global one.
 
         Returns:
             ``results`` itself with ``img_inputs``, a tuple of float32 tensors: images (N * F, 3, H, W), camera-major
-            (camera * F + frame); sensor2ego, ego2global, intrinsics and augmentation, each (F * N, 4, 4),
-            frame-major (frame * N + camera), the last two those of the current frame, repeated. Also
+            (camera * F + frame), uint8 with ``ship_uint8``; sensor2ego, ego2global, intrinsics and augmentation, each
+            (F * N, 4, 4), frame-major (frame * N + camera), the last two those of the current frame, repeated. Also
             ``sensor2sensorego``, ``sensorego2global`` and their inverses ``sensorego2sensor``, ``global2sensorego``
             (F * N, 4, 4), ``lidar2img`` (N, 4, 4), ``ego2lidar`` (1, 4, 4) and ``cam_names``.
 
@@ -196,17 +225,19 @@ class PrepareImageInputs:
                                 f"it has {sorted(frame['cams'])}")
 
     def _images(self, results: Mapping, frames: Sequence[Mapping]) -> tuple[Tensor, list[ImageAugmentation]]:
-        """Normalised images, camera-major, and the augmentation of each camera, which all its frames share."""
+        """Images, camera-major, and the augmentation of each camera, which all its frames share."""
         height, width = self.data_config["input_size"]
-        out = np.empty((len(self.cameras), len(frames), 3, height, width), np.float32)
+        write, dtype = (as_bytes, np.uint8) if self.ship_uint8 else (normalise, np.float32)
+        out = np.empty((len(self.cameras), len(frames), 3, height, width), dtype)
         info_file = results.get("info_file")
-        draw = ImageAugmentation.sample if self.is_train else ImageAugmentation.for_test
+        rng = generator(results)
         augmentations = []
         for c, name in enumerate(self.cameras):
             paths = [frame["cams"][name]["data_path"] for frame in frames]
             what = [f"PrepareImageInputs: sample {frame['token']}, {name}" for frame in frames]
             with self.reader.open(paths[0], info_file, what[0]) as header:
-                augmentations.append(draw(self.data_config, header.size))
+                augmentations.append(ImageAugmentation.sample(self.data_config, header.size, rng) if self.is_train
+                                     else ImageAugmentation.for_test(self.data_config, header.size))
             for f, path in enumerate(paths):
-                normalise(self.reader.read(path, augmentations[c], info_file, what[f]), out=out[c, f])
+                write(self.reader.read(path, augmentations[c], info_file, what[f]), out=out[c, f])
         return torch.from_numpy(out).flatten(0, 1), augmentations
