@@ -1,0 +1,1 @@
+"""Builders of what training reads: info files, coarse labels, and the check of both."""

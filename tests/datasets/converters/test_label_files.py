@@ -1,0 +1,82 @@
+"""Paths of labels, headers of .npz files, and work shared out to processes."""
+
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+
+from mmdet3d.datasets.converters.label_files import (
+    coarse_name,
+    label_folder,
+    read_arrays,
+    read_headers,
+    write_coarse_labels,
+)
+from mmdet3d.datasets.converters.parallel import map_unordered
+from mmdet3d.datasets.infos import DataError
+
+
+@pytest.mark.parametrize("path, openocc", [
+    ("./data/nuscenes/gts/scene-0001/abc", "./data/nuscenes/openocc_v2/scene-0001/abc"),
+    ("gts/scene-0001/abc", "openocc_v2/scene-0001/abc"),
+    ("/gts/old_gts/gts/scene-0001/abc", "/gts/old_gts/openocc_v2/scene-0001/abc"),
+    ("data/my_gts/x/scene/abc", "data/my_gts/x/scene/abc"),
+    ("data/gts/gts/gts", "data/gts/gts/gts".replace("data/gts", "data/openocc_v2")),
+    ("data\\gts\\scene\\abc", "data/openocc_v2/scene/abc"),
+])
+def test_only_the_folder_above_the_scene_is_renamed(path, openocc):
+    assert label_folder(path, "openocc") == openocc
+    assert label_folder(path, "occ3d") == path.replace("\\", "/")
+
+
+def test_unknown_label_set():
+    with pytest.raises(ValueError, match=r"one of \['occ3d', 'openocc'\], got 'kitti'"):
+        label_folder("gts/a/b", "kitti")
+
+
+def test_headers_and_arrays(tmp_path):
+    arrays = {"a": np.zeros((3, 4, 5), np.uint8), "b": np.arange(6.0, dtype=">f4").reshape(2, 3).T}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", **arrays)
+        headers = read_headers(tmp_path / "x.npz")
+        assert headers == {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    np.testing.assert_array_equal(read_arrays(tmp_path / "x.npz", "b")[0], arrays["b"])
+    with pytest.raises(DataError, match=r"x.npz: no \['c'\]; found \['a', 'b'\]"):
+        read_arrays(tmp_path / "x.npz", "a", "c")
+    with pytest.raises(DataError, match="file not found: .*y.npz"):
+        read_arrays(tmp_path / "y.npz", "a")
+    np.save(tmp_path / "z.npy", arrays["a"])
+    with pytest.raises(DataError, match="found a single array"):
+        read_arrays(tmp_path / "z.npy", "a")
+
+
+def test_every_cut_of_a_file_is_noticed(tmp_path):
+    write_coarse_labels(tmp_path, {2: np.arange(24, dtype=np.uint8).reshape(2, 3, 4)})
+    path = tmp_path / coarse_name(2)
+    content = path.read_bytes()
+    assert list(read_headers(path)) == ["semantics", "flow"]
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError, match="labels_1_2.npz: not a readable .npz file"):
+            read_headers(path)
+
+
+def square_and_process(item, offset):
+    if item == -1:
+        raise RuntimeError("item -1")
+    return item * item + offset, os.getpid()
+
+
+@pytest.mark.parametrize("workers, chunk", [(0, 1), (1, 3), (2, 3)])
+def test_every_item_once_whatever_the_workers(workers, chunk):
+    results = list(map_unordered(partial(square_and_process, offset=1), list(range(20)), workers, chunk))
+    assert sorted(value for value, _ in results) == [n * n + 1 for n in range(20)]
+    assert (os.getpid() in {process for _, process in results}) == (workers < 2)
+
+
+def test_an_error_of_a_worker_arrives():
+    with pytest.raises(RuntimeError, match="item -1"):
+        list(map_unordered(partial(square_and_process, offset=1), [1, 2, -1, 3], 2, 1))
+    with pytest.raises(ValueError, match="workers"):
+        list(map_unordered(abs, [1], -1))
