@@ -27,6 +27,11 @@ class ResNet(MMDetResNet):
         super().__init__(*args, **kwargs)
         self.with_cp = with_cp
 
+    def train(self, mode: bool = True) -> ResNet:
+        """Switch to training or evaluation mode; mmdet's ResNet forgets to return itself."""
+        super().train(mode)
+        return self
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the stages ``out_indices`` for images [M, 3, H, W]."""
         x = self._stem(x)

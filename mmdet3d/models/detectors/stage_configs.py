@@ -46,7 +46,11 @@ def _coarser(stage: Mapping) -> dict:
         _halve(coarse, key)
     for key in ("row_num_embed", "col_num_embed"):
         _halve(_part(coarse, "positional_encoding"), key)
-    temporal, spatial = _part(coarse, "transformer", "encoder", "transformerlayers", "attn_cfgs")
+    attentions = _part(coarse, "transformer", "encoder", "transformerlayers", "attn_cfgs")
+    if len(attentions) != 2:
+        raise ConfigError(f"{PLACE}...attn_cfgs must hold the temporal and the cross attention, "
+                          f"got {len(attentions)} entries")
+    temporal, spatial = attentions
     for attention in (temporal, _part(spatial, "deformable_attention", place=f"{PLACE}...attn_cfgs[1]")):
         for key in ("num_points", "num_Z_anchors"):
             _halve(attention, key)
