@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
@@ -39,7 +40,7 @@ def map_unordered(function: Callable[[Item], Result], items: Sequence[Item], wor
     starts = iter(range(0, len(items), chunk))
     # A fresh interpreter for each worker: forking a process that has threads can leave locks taken for ever.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         pending = {pool.submit(_run_chunk, function, items[start:start + chunk])
                    for start in islice(starts, 2 * workers)}
@@ -53,9 +54,18 @@ def map_unordered(function: Callable[[Item], Result], items: Sequence[Item], wor
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches all processes of a terminal; the parent alone decides what happens."""
+def _start_worker() -> None:
+    # Ctrl-C reaches all processes of a terminal; the parent alone decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, workers of a parent that was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_chunk(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

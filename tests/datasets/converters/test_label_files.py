@@ -1,7 +1,10 @@
 """Paths of labels, headers of .npz files, and work shared out to processes."""
 
 import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,3 +83,29 @@ def test_an_error_of_a_worker_arrives():
         list(map_unordered(partial(square_and_process, offset=1), [1, 2, -1, 3], 2, 1))
     with pytest.raises(ValueError, match="workers"):
         list(map_unordered(abs, [1], -1))
+
+
+ENDLESS = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from mmdet3d.datasets.converters.parallel import map_unordered
+
+def slow(item):
+    print(os.getpid(), flush=True)
+    time.sleep(0.2)
+
+if __name__ == "__main__":
+    list(map_unordered(slow, range(100000), 2, 1))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="process ids are looked up the POSIX way")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS.format(root=str(Path(__file__).resolve().parents[3])))
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True)
+    assert int(parent.stdout.readline()) != parent.pid
+    parent.kill()
+    # The workers hold the other end of the pipe: it is read to its end only if they end too.
+    parent.communicate(timeout=60)
