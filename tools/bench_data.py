@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--labels", type=Path, help="label file of a real sample (labels.npz)")
     parser.add_argument("--dataset", choices=tuple(FREE), default="occ3d", help="what the labels are (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of the whole tool (%(default)s)")
-    parser.add_argument("--samples", type=int, default=400, help="of the whole tool (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1000, help="of the whole tool (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="samples of the loop over blocks (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args(argv)
