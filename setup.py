@@ -74,7 +74,7 @@ def operator_extension():
     # Without OpenMP at::parallel_for of PyTorch's Linux builds runs on one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     flags = {"cxx": ["-O3", "-std=c++17", *openmp]}
-    extension = CppExtension
+    extension, macros = CppExtension, []
     if with_cuda:
         sources += sorted(glob.glob(f"{pattern}.cu", root_dir=ROOT))
         flags["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
