@@ -4,6 +4,7 @@ from .bev_pool_v2 import PoolOrder, bev_pool_v2, bev_pool_v2_reference, sort_by_
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
 from .plane_sweep import plane_sweep, plane_sweep_reference
 from .ray_cast import RayHits, ray_cast, ray_cast_reference
+from .resize_crop import resize_crop, resize_crop_reference
 
 __all__ = [
     "PoolOrder",
@@ -16,5 +17,7 @@ __all__ = [
     "plane_sweep_reference",
     "ray_cast",
     "ray_cast_reference",
+    "resize_crop",
+    "resize_crop_reference",
     "sort_by_cell",
 ]

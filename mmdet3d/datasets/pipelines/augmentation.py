@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+
+from mmdet3d.ops.resize_crop import resize_crop
 
 DATA_CONFIG_KEYS = ("cams", "Ncams", "input_size", "src_size", "resize", "rot", "flip", "crop_h", "resize_test")
 
@@ -97,12 +100,23 @@ class ImageAugmentation:
         left, top, right, bottom = self.crop
         return right - left, bottom - top
 
-    def apply(self, image: Image.Image) -> Image.Image:
-        """Augment an image; what the crop takes from beyond it, and what rotates in, is black."""
-        image = image.resize(self.resize_dims, Image.Resampling.BICUBIC).crop(self.crop)
+    def apply(self, image: Image.Image) -> np.ndarray:
+        """Augment an image; what the crop takes from beyond it, and what rotates in, is black.
+
+        Args:
+            image: In mode RGB.
+
+        Returns:
+            (H, W, 3) uint8, the values that Pillow's ``resize`` (bicubic), ``crop``, ``transpose`` and ``rotate``
+            (nearest neighbour) give.
+        """
+        result = resize_crop(torch.from_numpy(np.array(image)), self.resize_dims, self.crop).numpy()
+        if not (self.flip or self.rotate):
+            return result
+        image = Image.fromarray(result)
         if self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image.rotate(self.rotate, Image.Resampling.NEAREST) if self.rotate else image
+        return np.asarray(image.rotate(self.rotate, Image.Resampling.NEAREST))
 
     def matrix(self) -> np.ndarray:
         """(4, 4) float32 matrix on (u * d, v * d, d, 1), from source to augmented pixels.

@@ -83,7 +83,8 @@ class ImageReader:
         image = self.open(path, info_file, what)
         try:
             with image:
-                array = np.asarray(augmentation.apply(image.convert("RGB")))
+                image.load()
+                array = augmentation.apply(image if image.mode == "RGB" else image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged data
             raise DataError(f"{what}: cannot decode image {path}: {error}") from error
         self.decoded += 1

@@ -1,0 +1,57 @@
+"""tools/bench_pipeline.py: its variants give the same values, and it writes its numbers."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/datasets"))
+
+import data_world  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_pipeline", ROOT / "tools/bench_pipeline.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def configs():
+    shared = {"type": "NuScenesDatasetOccpancy", "dataset_name": "occ3d", "ann_file": "infos.pkl"}
+    return {"train": {**shared, "pipeline": data_world.train_steps(), "sequences_split_num": 2},
+            "test": {**shared, "pipeline": data_world.test_steps(), "test_mode": True}}
+
+
+def test_variants_give_the_same_values(bench, tmp_path):
+    (tmp_path / "links").mkdir()
+    path = data_world.make_world(tmp_path / "data", lengths=(2,))
+    path = bench.make_sequence(path, 5, tmp_path / "links", None)
+    for split, config in configs().items():
+        samples = []
+        for variant in bench.VARIANTS:
+            dataset = bench.dataset_of(config, path, variant)
+            dataset.seed(3)
+            inputs = dataset[4]["img_inputs"]
+            samples.append(inputs[0] if split == "test" else inputs)
+        literal, pipeline, shipped = samples
+        assert all(torch.equal(a, b) for a, b in zip(literal, pipeline, strict=True))
+        assert shipped[0].dtype == torch.uint8 and torch.equal(shipped[4], literal[4])
+
+
+def test_writes_numbers_of_every_case(bench, tmp_path, capsys):
+    path = data_world.make_world(tmp_path / "data", lengths=(2,))
+    config = tmp_path / "config.py"
+    config.write_text(f"data = {configs()!r}\n")
+    bench.main([str(config), "--info-file", str(path), "--frames", "4", "--workers", "1", "--out",
+                str(tmp_path / "numbers.json")])
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert [(row["split"], row["workers"], row["variant"]) for row in rows] == [
+        (split, 1, variant) for split in ("train", "test") for variant in bench.VARIANTS]
+    assert all(row["samples_per_s"] > 0 and row["cpu_s_per_sample"] > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 7
