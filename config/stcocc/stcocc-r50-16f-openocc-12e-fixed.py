@@ -14,6 +14,7 @@ model = dict(
         always_flip_previous=False,
         stale_previous_at_start=False,
         invert_bda=True,
+        legacy_shift_axes=False,
         transformer=dict(encoder=dict(
             legacy_axis_swap=False,
             legacy_anchor_heights=False,

@@ -51,3 +51,13 @@ def as_integer(name: str, number: object) -> int:
         return operator.index(number)  # NumPy integers, for example
     except TypeError:
         raise TypeError(f"{name} must hold integers, got {number!r}") from None
+
+
+def full_precision_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as they are; where autocast is on for their device, half-precision ones in float32.
+
+    Under autocast the inputs of an operator come in different dtypes, depending on what made them.
+    """
+    if not all(isinstance(t, Tensor) for t in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    return tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)

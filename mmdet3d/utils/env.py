@@ -34,6 +34,7 @@ OPERATORS = (
     "ms_deform_attn_forward",
     "ms_deform_attn_backward",
     "plane_sweep",
+    "ray_cast",
 )
 
 #: Distributions that provide a package, the preferred one first.

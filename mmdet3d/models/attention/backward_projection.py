@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdet3d.registry import HEADS, build
+from mmdet3d.utils.precision import full_precision
 
 
 def upsample_logits(logits: Tensor) -> Tensor:
@@ -19,22 +20,25 @@ def upsample_logits(logits: Tensor) -> Tensor:
     return volume.permute(0, 2, 3, 4, 1)
 
 
-def ego_shift(displacement: Tensor, yaw: Tensor, extent: tuple[float, float]) -> Tensor:
+def ego_shift(displacement: Tensor, yaw: Tensor, extent: tuple[float, float], *, legacy_axes: bool = True) -> Tensor:
     """Displacement of the bird's-eye view between two frames, in units of the map: [B, 2] (x, y), float32.
-
-    With L the length and b the bearing of the global displacement: x = L sin(yaw - b) / extent_x and
-    y = L cos(yaw - b) / extent_y, in degrees as in BEVFormer.
 
     Args:
         displacement: [B, 3] float64 ego motion since the previous frame in global axes, metres.
         yaw: [B] float64 heading, radians.
         extent: (x, y) size of the map in metres.
+        legacy_axes: With L the length and b the bearing of the motion, x = L sin(yaw - b) / extent_x and
+            y = L cos(yaw - b) / extent_y: right where y is forward, as in BEVFormer, and what the released weights
+            expect, although x is forward here. False: x = L cos(b - yaw) / extent_x, y = L sin(b - yaw) / extent_y.
     """
     dx, dy = displacement[:, 0], displacement[:, 1]
     length = torch.hypot(dx, dy)
+    # In degrees and back, as the reference rounds it.
     degrees = yaw / math.pi * 180 - torch.atan2(dy, dx) / math.pi * 180
     angle = degrees / 180 * math.pi
-    return torch.stack([length * angle.sin() / extent[0], length * angle.cos() / extent[1]], -1).float()
+    across, along = length * angle.sin(), length * angle.cos()
+    x, y = (across, along) if legacy_axes else (along, -across)
+    return torch.stack([x / extent[0], y / extent[1]], -1).float()
 
 
 @HEADS.register_module()
@@ -55,6 +59,7 @@ class BEVFormerBackwardProjection(BaseModule):
             same batch slot, as the reference does. False: start with the current map.
         invert_bda: The reference multiplies anchors by the BEV augmentation where its inverse is meant (equal for
             flips). True: use the inverse.
+        legacy_shift_axes: See :func:`ego_shift`. False also mirrors the shift with the map.
     """
 
     ignored_config_keys = frozenset({
@@ -64,6 +69,7 @@ class BEVFormerBackwardProjection(BaseModule):
                  pc_range: Sequence[float] = (-40, -40, -1, 40, 40, 5.4), bev_h: int = 100, bev_w: int = 100,
                  use_can_bus: bool = False,
                  always_flip_previous: bool = True, stale_previous_at_start: bool = True, invert_bda: bool = False,
+                 legacy_shift_axes: bool = True,
                  init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         if use_can_bus:
@@ -73,6 +79,7 @@ class BEVFormerBackwardProjection(BaseModule):
         self.always_flip_previous = always_flip_previous
         self.stale_previous_at_start = stale_previous_at_start
         self.invert_bda = invert_bda
+        self.legacy_shift_axes = legacy_shift_axes
         self.positional_encoding = build(positional_encoding, "positional_encoding")
         self.transformer = build(transformer, "transformer")
         if self.transformer.encoder.bev_size != self.bev_size:
@@ -106,13 +113,22 @@ class BEVFormerBackwardProjection(BaseModule):
             previous = self._previous_map(previous_volume, previous_bda, bda)
             if not self.stale_previous_at_start:
                 previous = torch.where(starts[:, None, None], query.detach(), previous)
-        ego_from_augmented = torch.linalg.inv(bda) if self.invert_bda else bda
         query, logits = self.transformer(
             context, query=query, query_pos=self.positional_encoding(bda), depth=depth,
-            image_from_ego=image_from_ego @ ego_from_augmented[:, None],
+            image_from_ego=self._image_from_augmented(image_from_ego, bda),
             coarse_logits=None if coarse_logits is None else upsample_logits(coarse_logits),
-            previous=previous, shift=ego_shift(displacement, yaw, self.extent).to(query.device))
+            previous=previous, shift=self._shift(displacement, yaw, bda))
         return query.transpose(1, 2).unflatten(2, self.bev_size), logits
+
+    @full_precision
+    def _image_from_augmented(self, image_from_ego: Tensor, bda: Tensor) -> Tensor:
+        """[B, N, 4, 4] augmented ego to augmented pixels times depth."""
+        return image_from_ego @ (torch.linalg.inv(bda) if self.invert_bda else bda)[:, None]
+
+    def _shift(self, displacement: Tensor, yaw: Tensor, bda: Tensor) -> Tensor:
+        """[B, 2] displacement of the previous map, see :func:`ego_shift`."""
+        shift = ego_shift(displacement, yaw, self.extent, legacy_axes=self.legacy_shift_axes).to(bda.device)
+        return shift if self.legacy_shift_axes else shift * bda[:, [0, 1], [0, 1]]
 
     def _previous_map(self, volume: Tensor, previous_bda: Tensor, bda: Tensor) -> Tensor:
         """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation."""

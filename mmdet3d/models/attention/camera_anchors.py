@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmdet3d.utils.precision import full_precision
+
 MIN_DEPTH = 1e-5
 
 
@@ -49,6 +51,7 @@ def anchor_points(bev_size: tuple[int, int], num_heights: int, pc_range: Sequenc
     return torch.stack([*metric, torch.ones_like(x)], -1).flatten(0, 1)
 
 
+@full_precision
 def project_anchors(points: Tensor, image_from_ego: Tensor, image_size: tuple[int, int], *,
                     legacy_axis_swap: bool = True) -> CameraAnchors:
     """Project anchors into all cameras.

@@ -34,7 +34,7 @@ class OA_MSDeformableAttention3D(BaseModule):  # noqa: N801  (name used by confi
             the reference does; it only decides ties.
     """
 
-    ignored_config_keys = frozenset({"im2col_step", "dropout", "batch_first", "norm_cfg"})
+    ignored_config_keys = frozenset({"im2col_step", "dropout", "batch_first", "norm_cfg", "num_Z_anchors"})
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 1, num_points: int = 8,
                  sigma: float = 2, squared_sigma: bool = True, distance_to_neighbours: bool = True,

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from mmdet3d.models.attention.camera_anchors import CameraAnchors, anchor_points, project_anchors
 from mmdet3d.models.attention.encoder_layer import BEVContext
 from mmdet3d.models.attention.occupancy_predictor import OccupancyPredictor, query_visibility
-from mmdet3d.registry import TRANSFORMER_LAYER_SEQUENCE, build
+from mmdet3d.registry import TRANSFORMER_LAYER_SEQUENCE, build, check_keys
 from mmdet3d.structures import VoxelGrid
 
 RECURRENCE_WEIGHT = 0.5
+#: Keys of the pipeline's ``data_config``, of which only ``input_size`` is read here.
+DATA_CONFIG_KEYS = ("cams", "Ncams", "input_size", "src_size", "resize", "rot", "flip", "crop_h", "resize_test")
 
 
 @TRANSFORMER_LAYER_SEQUENCE.register_module()
@@ -52,6 +54,8 @@ class BEVFormerEncoder(BaseModule):
         super().__init__(init_cfg)
         if not use_temporal:
             raise ValueError("use_temporal=False is not supported")
+        check_keys(grid_config, ("x", "y", "z", "depth"), "grid_config")
+        check_keys(data_config, DATA_CONFIG_KEYS, "data_config")
         self.grid = VoxelGrid.from_config(grid_config)
         self.image_size = tuple(data_config["input_size"])
         self.num_cams = num_cam

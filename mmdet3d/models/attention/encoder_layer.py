@@ -10,7 +10,7 @@ from mmdet.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 
 from mmdet3d.models.attention.camera_anchors import CameraAnchors
-from mmdet3d.registry import TRANSFORMER_LAYER, build
+from mmdet3d.registry import TRANSFORMER_LAYER, build, check_keys
 
 OPERATION_ORDER = ("predictor", "self_attn", "norm", "cross_attn", "norm", "conv")
 
@@ -54,6 +54,8 @@ class BEVFormerEncoderLayer(BaseModule):
         if len(attn_cfgs) != 2:
             raise ValueError(f"attn_cfgs must hold the temporal and the cross attention, got {len(attn_cfgs)} entries")
         self.attentions = nn.ModuleList(build(cfg, f"attn_cfgs[{i}]") for i, cfg in enumerate(attn_cfgs))
+        if conv_cfgs is not None:
+            check_keys(conv_cfgs, ("embed_dims",), "conv_cfgs")
         embed_dims = (conv_cfgs or attn_cfgs[0])["embed_dims"]
         self.convs = nn.ModuleList([BasicBlock(embed_dims, embed_dims)])
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dims) for _ in attn_cfgs)

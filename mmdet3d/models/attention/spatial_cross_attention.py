@@ -107,9 +107,7 @@ class OA_SpatialCrossAttention(BaseModule):  # noqa: N801  (name used by config 
         """
         seen = self.visible_anchors(anchors.valid, visibility).any(-1)  # [N, B, Q]
         queries = select_queries(seen)
-        slots = torch.zeros_like(query)
-        if len(queries.query):
-            slots = self._attend(query + query_pos, tokens, anchors, visibility, depth, queries)
+        slots = self._attend(query + query_pos, tokens, anchors, visibility, depth, queries)
         output = self.output_proj(slots / queries.count[..., None])
         return self.dropout(output) + query
 
@@ -141,5 +139,5 @@ class OA_SpatialCrossAttention(BaseModule):  # noqa: N801  (name used by config 
             visibility[samples, source].flatten(0, 1),
             depth.transpose(0, 1).flatten(0, 1), self.depth_range)  # [N * B, L, C]
         entries = per_camera.unflatten(0, (self.num_cams, batch))[queries.camera, queries.sample, queries.slot]
-        slots = query.new_zeros(batch * num_query, channels)
+        slots = entries.new_zeros(batch * num_query, channels)
         return slots.index_add(0, queries.sample * num_query + queries.query, entries).view_as(query)

@@ -50,7 +50,7 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
             own.
     """
 
-    ignored_config_keys = frozenset({"im2col_step", "use_sampling", "norm_cfg", "batch_first"})
+    ignored_config_keys = frozenset({"im2col_step", "use_sampling", "norm_cfg", "batch_first", "num_Z_anchors"})
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 1, num_points: int = 4,
                  num_bev_queue: int = 2, dropout: float = 0.1, scrambled_reduction: bool = True,

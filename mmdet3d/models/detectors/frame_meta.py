@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdet3d.utils.precision import full_precision
+
 REQUIRED = ("sequence_group_idx", "start_of_sequence", "curr_to_prev_ego_rt", "can_bus", "lidar2img", "ego2lidar")
 
 
@@ -33,6 +35,7 @@ class FrameMeta:
     image_from_ego: Tensor
 
     @classmethod
+    @full_precision
     def from_metas(cls, img_metas: Sequence[Mapping], device: torch.device) -> FrameMeta:
         """Stack the meta data of a batch; the dicts stay as they are.
 

@@ -88,7 +88,7 @@ class SparseFusion(BaseModule):
             sampled = self._sample(past, matrices[b], grid.size_zyx)
             out = self._fuse(current[b], sampled, embedding[b], occupied[b].flatten(), top_k)
             fused.append(out)
-            histories.append(torch.cat([out.detach(), sampled.detach()[:, : -self.channels]], 1))
+            histories.append(torch.cat([out.detach().to(sampled.dtype), sampled.detach()[:, : -self.channels]], 1))
         output = torch.stack(fused).transpose(1, 2).unflatten(2, grid.size_zyx)
         return output, torch.stack(histories) if len(histories) > 1 else histories[0][None]
 
@@ -116,5 +116,5 @@ class SparseFusion(BaseModule):
         output = current
         for index, past, mlp in groups:
             update = mlp(torch.cat([past[index], current[index], embedding[index]], 1))
-            output = output.index_add(0, index, update)
+            output = output.index_add(0, index, update.to(output.dtype))
         return output

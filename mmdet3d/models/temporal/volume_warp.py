@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdet3d.structures import VoxelGrid
+from mmdet3d.utils.precision import full_precision
 
 
 def metric_from_index(grid: VoxelGrid, device: torch.device, corner_origin: bool = True) -> Tensor:
@@ -39,6 +40,7 @@ def previous_index_from_index(grid: VoxelGrid, previous_bda: Tensor, previous_eg
     return (torch.linalg.inv(metric) @ ego_from_ego @ metric).float()
 
 
+@full_precision
 def trilinear_taps(matrix: Tensor, size_zyx: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """The eight voxels, and their weights, that each voxel of a warped volume is interpolated from.
 
@@ -69,7 +71,9 @@ def trilinear_taps(matrix: Tensor, size_zyx: tuple[int, int, int]) -> tuple[Tens
     return index, weight
 
 
+@full_precision
 def gather_rows(rows: Tensor, taps: tuple[Tensor, Tensor]) -> Tensor:
     """Weighted sums of rows [V, F] for taps [V, 8] of :func:`trilinear_taps`: [V, F], differentiable in ``rows``."""
     index, weight = taps
+    rows = rows if rows.dtype == torch.float64 else rows.float()
     return F.embedding_bag(index, rows, per_sample_weights=weight.to(rows.dtype), mode="sum")

@@ -19,6 +19,7 @@ from .._checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    full_precision_under_autocast,
 )
 from .._library import AVAILABLE, use_compiled
 from .reference import bev_pool_v2_reference, sort_by_cell_reference
@@ -73,6 +74,7 @@ def bev_pool_v2(
         TypeError: a dtype is not accepted. ValueError: shapes or devices disagree, or a size exceeds int32.
     """
     grid_size = _check_grid(grid_size)
+    depth, context = full_precision_under_autocast(depth, context)
     _check_inputs(depth, context, cell_index, grid_size)
     if order is not None:
         _check_order(order, cell_index, grid_size)

@@ -17,6 +17,7 @@ from .._checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    full_precision_under_autocast,
 )
 from .._library import AVAILABLE, use_compiled
 from .reference import ms_deform_attn_reference
@@ -47,7 +48,8 @@ def ms_deform_attn(
 
     Args:
         value: (B, S, M, D) features; M heads of D channels; S is the sum of H * W over the levels, each map row by row.
-            float32 or float64; float16 and bfloat16 are computed in float32.
+            float32 or float64; float16 and bfloat16 are computed in float32. Under autocast all inputs are taken in
+            float32.
         spatial_shapes: (H, W) of each of the L levels. An (L, 2) integer tensor is accepted too, but one on a GPU makes
             the host wait for it: prefer Python integers.
         sampling_locations: (B, Q, M, L, P, 2) (x, y), dtype and device of ``value``.
@@ -60,6 +62,8 @@ def ms_deform_attn(
         TypeError: a dtype is not accepted. ValueError: shapes, levels or devices disagree.
     """
     levels = _read_levels(spatial_shapes)
+    value, sampling_locations, attention_weights = full_precision_under_autocast(
+        value, sampling_locations, attention_weights)
     _check_inputs(value, levels, sampling_locations, attention_weights)
     inputs = (sampling_locations, attention_weights)
     if not _runs_compiled(value, levels):

@@ -152,3 +152,12 @@ def test_upsampled_logits_keep_their_axes():
     at = [((torch.arange(2 * n) + 0.5) / 2 - 0.5).clamp(0, n - 1) for n in size]
     x, y, z = torch.meshgrid(*at, indexing="ij")
     torch.testing.assert_close(upsampled, torch.stack([100 * x + 10 * y + z, -x], -1)[None])
+
+
+def test_corrected_shift_points_along_the_motion():
+    motion = torch.tensor([[8.0, 0.0, 0.0], [0.0, 4.0, 0.0]], dtype=torch.float64)
+    yaw = torch.tensor([0.0, torch.pi / 2], dtype=torch.float64)  # both cars drive straight ahead
+    shift = ego_shift(motion, yaw, (80.0, 40.0), legacy_axes=False)
+    torch.testing.assert_close(shift, torch.tensor([[0.1, 0.0], [0.05, 0.0]]), atol=1e-7, rtol=0)
+    sideways = ego_shift(motion[:1], yaw[1:], (80.0, 40.0), legacy_axes=False)  # heading left of the motion
+    torch.testing.assert_close(sideways, torch.tensor([[0.0, -0.2]]), atol=1e-7, rtol=0)

@@ -1,0 +1,23 @@
+"""What stays in full precision under autocast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorator: run a function without autocast, as geometry must be (half precision moves points by metres)."""
+
+    @functools.wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
