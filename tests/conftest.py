@@ -32,6 +32,6 @@ def device(request):
 def shared():
     """Folder with golden/, spec/golden/ and data/, named by STCOCC_SHARED (default ../shared)."""
     folder = Path(os.environ.get("STCOCC_SHARED", ROOT.parent / "shared"))
-    if not folder.is_dir():
+    if not (folder / "golden").is_dir():
         pytest.skip(f"golden values and sample data not found: {folder} (set STCOCC_SHARED)")
     return folder

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("bev_pool_v2", "ms_deform_attn", "plane_sweep")
+OPS = ("bev_pool_v2", "ms_deform_attn", "plane_sweep", "ray_cast")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -112,9 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in facts.items()), f"dtype {args.dtype}", sep=", ")
     rows = run(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds)
     if args.json:
-        partial = args.json.with_name(args.json.name + ".part")
-        partial.write_text(json.dumps({"machine": facts, "dtype": args.dtype, "cases": rows}, indent=2) + "\n")
-        partial.replace(args.json)
+        from mmdet3d.utils.files import atomic_write
+
+        with atomic_write(args.json) as file:
+            file.write((json.dumps({"machine": facts, "dtype": args.dtype, "cases": rows}, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import nn
 from mmdet3d.datasets.infos import adjacent_offsets, load_infos
 from mmdet3d.datasets.labels import LabelSet, label_set, label_set_for
 from mmdet3d.datasets.pipelines.format import Frame, FrameSource
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
         torch.manual_seed(seed)
         model = build_model(cfg.model)
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint, strict=True, allow_unsafe=allow_unsafe)
+        report = load_checkpoint(model, checkpoint, strict=True, allow_unsafe=allow_unsafe)
+        logger.log(logging.WARNING if report.nonfinite else logging.INFO, report.summary())
     model.cfg = cfg
     model.random_weights = checkpoint is None
     return model.to(device).eval()

@@ -23,7 +23,10 @@ IGNORE_LABEL = 255
 """Label of voxels that have no ground truth."""
 
 GRID_SIZE = (200, 200, 16)
-"""Voxels (X, Y, Z) of the labels as released, 0.4 m a side, in x, y from -40 m to 40 m and z from -1 m to 5.4 m."""
+"""Voxels (X, Y, Z) of the labels as released, 0.4 m a side."""
+
+POINT_CLOUD_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)
+"""Bounds of the labels as released: x, y, z low, then high, in metres in the ego frame."""
 
 FLOW_CLASS_NAMES = (
     "car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle", "pedestrian",

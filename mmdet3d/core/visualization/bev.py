@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mmdet3d.core.visualization.drawing import INK, draw_arrow, font, text_width
-from mmdet3d.core.visualization.grid import POINT_CLOUD_RANGE, OccupancyGrid, flow_arrows
-from mmdet3d.datasets.labels import LabelSet
+from mmdet3d.core.visualization.grid import OccupancyGrid, flow_arrows
+from mmdet3d.datasets.labels import POINT_CLOUD_RANGE, LabelSet
 
 EMPTY = (244, 245, 247)
 """Colour of columns without an occupied voxel."""

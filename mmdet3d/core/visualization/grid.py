@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmdet3d.datasets.labels import IGNORE_LABEL, LabelSet
-
-POINT_CLOUD_RANGE = (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4)
-"""Bounds (x, y, z low, x, y, z high) in metres of the nuScenes occupancy benchmarks."""
+from mmdet3d.datasets.labels import IGNORE_LABEL, POINT_CLOUD_RANGE, LabelSet
 
 
 @dataclass(frozen=True)

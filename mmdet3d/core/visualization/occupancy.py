@@ -7,9 +7,8 @@ from PIL import Image, ImageDraw
 
 from mmdet3d.core.visualization.bev import render_bev
 from mmdet3d.core.visualization.drawing import INK, PAPER, draw_legend, draw_tag, fit_text, font, save_png
-from mmdet3d.core.visualization.grid import POINT_CLOUD_RANGE
 from mmdet3d.core.visualization.render3d import View, render_3d
-from mmdet3d.datasets.labels import CAMERAS, LabelSet
+from mmdet3d.datasets.labels import CAMERAS, POINT_CLOUD_RANGE, LabelSet
 
 __all__ = ["View", "compose_frame", "render_3d", "render_bev", "save_png"]
 

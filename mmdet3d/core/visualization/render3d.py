@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mmdet3d.core.visualization.drawing import draw_arrow
-from mmdet3d.core.visualization.grid import POINT_CLOUD_RANGE, OccupancyGrid, flow_arrows
+from mmdet3d.core.visualization.grid import OccupancyGrid, flow_arrows
 from mmdet3d.core.visualization.raycast import Hits, cast_rays, free_radius
-from mmdet3d.datasets.labels import LabelSet
+from mmdet3d.datasets.labels import POINT_CLOUD_RANGE, LabelSet
 
 # Light on faces that look along -x, +x, -y, +y, -z, +z: the sun stands high, behind and to the left of the car.
 _LIGHT = np.array([[0.80, 0.66], [0.70, 0.86], [0.5, 1.0]], np.float32)

@@ -65,8 +65,8 @@ class BEVFormerBackwardProjection(BaseModule):
     ignored_config_keys = frozenset({
         "in_channels", "out_channels", "bev_z", "can_bus_norm"})
 
-    def __init__(self, transformer: Mapping, positional_encoding: Mapping,
-                 pc_range: Sequence[float] = (-40, -40, -1, 40, 40, 5.4), bev_h: int = 100, bev_w: int = 100,
+    def __init__(self, transformer: Mapping, positional_encoding: Mapping, pc_range: Sequence[float],
+                 bev_h: int = 100, bev_w: int = 100,
                  use_can_bus: bool = False,
                  always_flip_previous: bool = True, stale_previous_at_start: bool = True, invert_bda: bool = False,
                  legacy_shift_axes: bool = True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from einops import rearrange, reduce
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
@@ -21,13 +22,13 @@ def scrambled_mean(output: Tensor, num_queue: int) -> Tensor:
     half the current map only, each the mean of two neighbouring channels; for B > 1 the samples of a batch mix too.
     """
     rows, num_query, channels = output.shape
-    mixed = output.reshape(num_query, channels, rows // num_queue, num_queue).mean(-1)
-    return mixed.permute(2, 0, 1)
+    mixed = output.reshape(num_query, channels, rows // num_queue, num_queue)
+    return reduce(mixed, "query channel batch queue -> batch query channel", "mean")
 
 
 def queue_mean(output: Tensor, num_queue: int) -> Tensor:
     """Average over the queue of [num_queue * B, Q, C] with row = num_queue * b + entry: [B, Q, C]."""
-    return output.unflatten(0, (-1, num_queue)).mean(1)
+    return reduce(output, "(batch queue) query channel -> batch query channel", "mean", queue=num_queue)
 
 
 @ATTENTION.register_module()
@@ -96,10 +97,11 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
         weights = self.attention_weights(guide)
         shape = (batch, num_query, self.num_heads, self.num_queue, self.num_points)
         weights = weights.view(shape).softmax(-1) * visibility[:, :, None, None]
-        weights = weights.permute(0, 3, 1, 2, 4).flatten(0, 1).unsqueeze(3)  # [2B, Q, heads, 1, Z]
-        offsets = offsets.view(*shape, 2).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)  # [2B, Q, heads, Z, 2]
+        weights = rearrange(weights, "batch query head queue point -> (batch queue) query head 1 point")
+        offsets = rearrange(
+            offsets.view(*shape, 2), "batch query head queue point xy -> (batch queue) query head point xy")
         locations = reference_points[:, :, None, None] + offsets / offsets.new_tensor((width, height))
         projected = self.value_proj(values).unflatten(-1, (self.num_heads, -1))
         output = ms_deform_attn(projected, [(height, width)], locations.unsqueeze(3), weights)
-        reduce = scrambled_mean if self.scrambled_reduction else queue_mean
-        return self.dropout(self.output_proj(reduce(output, self.num_queue))) + query
+        mean = scrambled_mean if self.scrambled_reduction else queue_mean
+        return self.dropout(self.output_proj(mean(output, self.num_queue))) + query

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from einops import rearrange
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class BEVFormer(BaseModule):
         Returns:
             As the encoder: queries [B, Q, C] and logits [B, X, Y, Z, K].
         """
-        tokens = features.flatten(3).permute(1, 0, 3, 2)  # [N, B, h * w, C]
+        tokens = rearrange(features, "batch camera channel h w -> camera batch (h w) channel")
         if self.use_cams_embeds or self.training:
             # The factor 0 keeps the unused parameter in the graph, so that weight decay and DDP treat it as usual.
             tokens = tokens + self.cams_embeds[:, None, None] * float(self.use_cams_embeds)
