@@ -9,7 +9,6 @@ what is in the world.
 """
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -27,13 +26,9 @@ def image_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def available_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
+    from mmdet3d.datasets.converters.parallel import available_cpus
     from mmdet3d.datasets.synthetic.names import VERSIONS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

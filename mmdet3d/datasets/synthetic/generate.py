@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mmdet3d.datasets.converters.parallel import map_unordered
 from mmdet3d.datasets.labels import CAMERAS
 from mmdet3d.utils.files import atomic_write
 
@@ -54,24 +54,9 @@ def write_dataset(folder: str | os.PathLike, settings: WorldSettings, workers: i
     _claim(folder, settings)
     jobs = [(folder, settings, index, frame) for index in range(len(settings.scenes))
             for frame in range(settings.frames)]
-    if workers <= 1:
-        for job in jobs:
-            write_frame(*job)
-            if on_frame:
-                on_frame()
-    else:
-        # Not forked: this process may run threads of PyTorch or hold a GPU.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
-            futures = [pool.submit(write_frame, *job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    if on_frame:
-                        on_frame()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    for _ in map_unordered(_write_job, jobs, workers, chunk=1):
+        if on_frame:
+            on_frame()
     records = [[json.loads(_record(folder, settings, index, frame).read_text(encoding="utf-8"))
                 for frame in range(settings.frames)] for index in range(len(settings.scenes))]
     write_tables(folder, settings, records)
@@ -106,6 +91,12 @@ def _claim(folder: Path, settings: WorldSettings) -> None:
 def _record(folder: Path, settings: WorldSettings, index: int, frame: int) -> Path:
     """File that says that a frame is finished."""
     return folder / RECORDS / f"{settings.scenes[index]}_{frame:04d}.json"
+
+
+def _write_job(job: tuple[Path, WorldSettings, int, int]) -> None:
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # there are as many processes as processors
+    write_frame(*job)
 
 
 def write_frame(folder: Path, settings: WorldSettings, index: int, frame: int) -> None:

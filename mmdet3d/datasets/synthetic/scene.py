@@ -109,7 +109,8 @@ def build_scene(settings: WorldSettings, index: int) -> Scene:
     curvature = float(rng.choice((-1, 0, 1))) / float(rng.uniform(140, 260))
     # The bend must not turn by more than about 150 degrees, or the street would run into itself.
     curvature = math.copysign(min(abs(curvature), 2.6 / (length + 150)), curvature)
-    crossings = (middle + float(rng.uniform(36, 44)), middle - float(rng.uniform(32, 45)))
+    ahead, behind = middle + float(rng.uniform(36, 44)), middle - float(rng.uniform(32, 45))
+    crossings = (*np.arange(behind, -80, -95).tolist()[::-1], *np.arange(ahead, length + 80, 95).tolist())
     road = Road((0.0, 0.0), float(rng.uniform(0, 2 * math.pi)), curvature, lanes, median, float(rng.uniform(3.0, 4.0)),
                 crossings)
     # Maps have no negative coordinates.

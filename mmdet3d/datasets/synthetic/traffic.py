@@ -68,7 +68,9 @@ class Traffic:
 
     def __init__(self, road: Road, ego: Track, duration: float, rng: np.random.Generator) -> None:
         self.road, self.ego, self.duration, self.rng = road, ego, duration, rng
-        self.middle = ego.s + ego.s_speed * duration / 2
+        way = ego.s_speed * duration
+        self.middle = ego.s + way / 2
+        self.begin, self.end = ego.s - 55, ego.s + way + 65
         self.times = np.arange(-0.5, duration + 0.5 + _STEP, _STEP)
         self.actors: list[Actor] = []
         self._bodies = [_body(ego, EGO_SIZE[:2], self.times, EGO_CENTRE_AHEAD)]
@@ -92,6 +94,10 @@ class Traffic:
         """Whether s is that far from the borders of all cross streets."""
         return float(self.road.from_crossing(np.array(s))) > CROSS_STREET_HALF_WIDTH + distance
 
+    def amount(self, per_stretch: float) -> int:
+        """How many things there are along the whole way, of a number per 130 metres."""
+        return round(per_stretch * (self.end - self.begin) / 130)
+
     def fill(self) -> list[Actor]:
         """Place everything; the objects."""
         self.lanes()
@@ -105,27 +111,31 @@ class Traffic:
         """Cars, trucks with trailers, buses and motorcycles in the lanes of both directions."""
         road, rng = self.road, self.rng
         fleet = ["car", "truck", "car", "bus", "car", "motorcycle", "car", "construction_vehicle", "car", "car"]
+        n = int(rng.integers(len(fleet)))
         for lane in range(road.lanes):
             for side in (-1, 1):
                 d, backwards = side * road.lane_middle(lane), side > 0
                 own = not backwards and abs(d - self.ego.d) < 1
                 speed = self.ego.s_speed if own else rng.uniform(4, 10) * (-1 if backwards else 1)
-                start = int(rng.integers(len(fleet)))
-                s = self.middle + (14 + rng.uniform(0, 6) if own else rng.uniform(-52, -40))
+                # Whoever comes near the ego vehicle at any time of the scene.
+                reach = 45 + abs(self.ego.s_speed - speed) * self.duration / 2
+                s = self.middle + (14 + rng.uniform(0, 6) if own else rng.uniform(-7, 5) - reach)
                 stops = []
-                while s < self.middle + 60:
+                while s < self.middle + reach + 15:
                     stops.append(s)
                     s += rng.uniform(15, 30)
                 if own:
                     stops.append(self.middle - 13 - rng.uniform(0, 4))
-                for n, place in enumerate(stops):
-                    self._in_lane(fleet[(start + n) % len(fleet)], place, d, speed, math.pi if backwards else 0.0)
+                for place in stops:
+                    n += self._in_lane(fleet[n % len(fleet)], place, d, speed, math.pi if backwards else 0.0)
 
-    def _in_lane(self, kind: str, s: float, d: float, speed: float, turn: float) -> None:
+    def _in_lane(self, kind: str, s: float, d: float, speed: float, turn: float) -> bool:
         d += self.rng.uniform(-0.2, 0.2)
-        if self.place(kind, s, d, speed, turn=turn) and kind == "truck":
+        placed = self.place(kind, s, d, speed, turn=turn)
+        if placed and kind == "truck":
             behind = -math.copysign(self.actors[-1].size[0] / 2 + 5.6, speed)
             self.place("trailer", s + behind, d, speed, turn=turn)
+        return placed
 
     def work_zone(self) -> None:
         """A construction vehicle at the right border of the road, behind barriers and cones."""
@@ -144,28 +154,33 @@ class Traffic:
         """Riders in the bicycle lanes, one motorcycle beside the traffic."""
         middle, rng = self.road.lanes_edge + BIKE_LANE_WIDTH / 2, self.rng
         for side in (-1, 1):
-            for offset in (rng.uniform(-28, -8), rng.uniform(2, 8), rng.uniform(32, 45)):
+            s = self.begin + rng.uniform(10, 20)
+            while s < self.end:
                 speed = -side * rng.uniform(3.0, 5.5)
                 kind = "motorcycle" if rng.random() < 0.2 else "bicycle"
-                self.place(kind, self.middle + offset, side * middle, speed, turn=0 if side < 0 else math.pi)
+                self.place(kind, s, side * middle, speed, turn=0 if side < 0 else math.pi)
+                s += rng.uniform(16, 40)
 
     def parked(self) -> None:
         """Vehicles at the kerbs, cycles on the sidewalks."""
         road, rng = self.road, self.rng
         d = road.half_width - PARKING_WIDTH / 2 - 0.05
         kinds = ["truck", "car", "car", "trailer", "car", "car", "motorcycle", "car", "bus", "car", "car"]
+        n = int(rng.integers(len(kinds)))
         for side in (-1, 1):
-            s, n = self.middle - 70 + rng.uniform(0, 4), int(rng.integers(len(kinds)))
-            while s < self.middle + 75:
-                kind, n = kinds[n % len(kinds)], n + 1
+            s = self.begin - 10 + rng.uniform(0, 4)
+            while s < self.end + 5:
+                kind = kinds[n % len(kinds)]
                 room = {"car": 6.4, "motorcycle": 3.5}.get(kind, 13.0)
                 zone = side < 0 and WORK_ZONE[0] - 2 < s + room - self.middle and s < self.middle + WORK_ZONE[1] + 2
                 if not zone and self.clear_of_crossings(s + room / 2, room / 2 + 4.5) and rng.random() < 0.6:
                     turn = (0 if side < 0 else math.pi) + rng.uniform(-0.03, 0.03)
-                    self.place(kind, s + room / 2, side * d, turn=turn)
-                s += room
-            for _ in range(3):
-                s = self.middle + rng.uniform(-35, 40)
+                    n += self.place(kind, s + room / 2, side * d, turn=turn)
+                    s += room
+                else:
+                    s += 6.4
+            for _ in range(self.amount(4)):
+                s = rng.uniform(self.begin, self.end)
                 if self.clear_of_crossings(s, 4):
                     self.place("bicycle", s, side * (road.half_width + 1.9), turn=rng.uniform(-0.4, 0.4))
 
@@ -173,17 +188,17 @@ class Traffic:
         """Pedestrians on the sidewalks and on the zebra crossings, groups that stand."""
         road, rng = self.road, self.rng
         for side in (-1, 1):
-            for _ in range(6):
-                s, speed = self.middle + rng.uniform(-40, 48), rng.uniform(0.8, 1.7) * rng.choice((-1, 1))
-                d = side * (road.half_width + rng.uniform(1.0, 1.3))
+            for _ in range(self.amount(9)):
+                s, speed = rng.uniform(self.begin, self.end), rng.uniform(0.8, 1.7) * rng.choice((-1, 1))
+                d = side * (road.half_width + rng.uniform(1.1, 1.35))
                 reach = abs(speed) * (self.duration / 2 + 0.5)
                 if self.clear_of_crossings(s, reach):
                     self.place("pedestrian", s, d, speed, turn=0 if speed > 0 else math.pi)
-            s = self.middle + rng.uniform(-25, 35)
-            for _ in range(3):
-                if self.clear_of_crossings(s, 3):
-                    d = side * (road.half_width + rng.uniform(1.6, 2.3))
-                    self.place("pedestrian", s + rng.uniform(-1.2, 1.2), d, turn=rng.uniform(0, 2 * math.pi))
+            for place in rng.uniform(self.begin, self.end, self.amount(5)):
+                for _ in range(int(rng.integers(1, 4))):
+                    s, d = place + rng.uniform(-1.4, 1.4), side * (road.half_width + rng.uniform(1.6, 2.25))
+                    if self.clear_of_crossings(s, 3):
+                        self.place("pedestrian", s, d, turn=rng.uniform(0, 2 * math.pi))
         for crossing in road.crossings:
             for side in (-1, 1):
                 s = crossing + side * (CROSS_STREET_HALF_WIDTH + 2.5)

@@ -171,12 +171,12 @@ class _WorldBuilder:
             for s in np.arange(self.begin + rng.uniform(0, 15), self.end, 26.0):
                 if abs(float(road.from_crossing(np.array(s)))) < 9 or (side < 0 and _within(s, work_zone)):
                     continue
-                self.pole(s, side * (road.half_width + 0.5), 6.0)
+                self.pole(s, side * (road.half_width + 0.35), 6.0)
                 self.fill(self.columns((s - 0.2, s + 0.2), _span(side, road.half_width - 1.4, road.half_width + 0.7)),
                           (5.8, 6.2), Material.METAL)
             for crossing in road.crossings:
                 s = crossing - side * -(CROSS_STREET_HALF_WIDTH + CROSSWALK[1] + 1.2)
-                self.pole(s, side * (road.half_width + 0.5), 4.2)
+                self.pole(s, side * (road.half_width + 0.35), 4.2)
                 self.fill(self.columns((s - 0.2, s + 0.2), _span(side, road.half_width + 0.3, road.half_width + 0.7)),
                           (3.0, 4.2), Material.METAL)
             s = rng.uniform(self.begin + 20, self.end - 25)
