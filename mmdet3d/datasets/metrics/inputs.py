@@ -21,7 +21,12 @@ def as_labels(name: str, labels: Array, size_xyz: Sequence[int], num_classes: in
         raise TypeError(f"{name} must hold integer labels, got {tensor.dtype}")
     if tuple(tensor.shape) != tuple(size_xyz):
         raise ValueError(f"{name} must have shape (X, Y, Z) = {tuple(size_xyz)}, got {tuple(tensor.shape)}")
-    low, high = (int(bound) for bound in torch.stack(tensor.aminmax()).tolist())
+    if tensor.dtype == torch.uint8 and tensor.device.type != "cpu":
+        low, high = 0, int(tensor.max())
+    elif tensor.device.type == "cpu":  # NumPy starts no threads for so little work
+        low, high = int(tensor.numpy().min()), int(tensor.numpy().max())
+    else:
+        low, high = (int(bound) for bound in torch.stack(tensor.aminmax()).tolist())
     if low < 0 or high >= num_classes:
         found = low if low < 0 else high
         raise ValueError(f"{name} holds label {found}; the class table has labels 0 to {num_classes - 1}")

@@ -23,6 +23,10 @@ THRESHOLDS = (1.0, 2.0, 4.0)
 FLOW_THRESHOLD = 2.0
 """The one of THRESHOLDS whose true positives the flow error is averaged over."""
 
+CPU_RAYS = 32768
+"""Rays counted at once on a CPU: PyTorch does such work in one thread. Starting threads for each of the many small
+steps takes far longer than the steps themselves where the CPUs are busy, as in training."""
+
 
 @dataclasses.dataclass
 class RayCounts:
@@ -89,7 +93,7 @@ class RayMetric:
         self.coverage = Coverage()
         self._device = None if device is None else torch.device(device)
         self._cache = cache
-        self._rays: dict[torch.device, Tensor] = {}
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def add(self, token: str, pred_semantics: Array, gt_semantics: Array, origins: Array,
             pred_flow: Array | None = None, gt_flow: Array | None = None) -> None:
@@ -170,18 +174,21 @@ class RayMetric:
             return self._device
         return prediction.device if isinstance(prediction, Tensor) else torch.device("cpu")
 
-    def _rays_on(self, device: torch.device) -> Tensor:
-        if device not in self._rays:
-            self._rays[device] = torch.from_numpy(lidar_rays()).to(device)
-        return self._rays[device]
+    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(R, 3) rays, and (K,) bool whether a class can move."""
+        if device not in self._constants:
+            moving = torch.from_numpy(self.labels.flow_mask[: self.labels.num_classes])
+            self._constants[device] = torch.from_numpy(lidar_rays()).to(device), moving.to(device)
+        return self._constants[device]
 
     def _cast(self, grids: list[Tensor], origins: np.ndarray) -> tuple[Tensor, Tensor]:
         """(G, T * R) int64 voxels and float32 distances of the same rays in each of G grids."""
         device, count = grids[0].device, len(origins)
         starts = torch.from_numpy(np.tile(origins, (len(grids), 1))).to(device)
         index = torch.arange(len(grids), device=device).repeat_interleave(count)
-        hits = ray_cast(torch.stack(grids), starts, self._rays_on(device), index, free_label=self.labels.free_index,
-                        low=self.grid.low, cell_size=self.grid.cell[0])
+        rays, _ = self._constants_on(device)
+        hits = ray_cast(torch.stack(grids), starts, rays, index, free_label=self.labels.free_index, low=self.grid.low,
+                        cell_size=self.grid.cell[0])
         return hits.voxel.view(len(grids), -1).long(), hits.distance.view(len(grids), -1)
 
     def _cast_both(self, pred: Tensor, gt: Tensor, origins: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -200,36 +207,45 @@ class RayMetric:
 
     def _count(self, pred: Tensor, gt: Tensor, origins: np.ndarray, pred_flow: Tensor | None,
                gt_flow: Tensor | None) -> RayCounts:
-        classes = self.labels.num_classes
         voxel, distance = self._cast_both(pred, gt, origins)
-        pred_label, gt_label = pred.flatten()[voxel[0]].long(), gt.flatten()[voxel[1]].long()
-        error = (distance[0].double() - distance[1].double()).abs()
-        within = sum((error < threshold).long() for threshold in THRESHOLDS)  # how many of the thresholds are met
-        cells = (within * classes + gt_label) * classes + pred_label
-        table = torch.bincount(cells, minlength=(len(THRESHOLDS) + 1) * classes * classes)
-        table = table.cpu().numpy().reshape(-1, classes, classes)
-        table[:, self.labels.free_index] = 0
-        counts = RayCounts.zeros(classes)
-        counts.gt, counts.pred = table.sum((0, 2)), table.sum((0, 1))
-        right = np.diagonal(table, axis1=1, axis2=2)
-        counts.tp = np.stack([right[len(THRESHOLDS) - rank:].sum(0) for rank in range(len(THRESHOLDS))])
-        moving = torch.zeros(classes, dtype=torch.bool)
-        moving[list(self.labels.flow_classes)] = True
-        found = (gt_label == pred_label) & (error < FLOW_THRESHOLD) & moving.to(gt.device)[gt_label]
-        label = gt_label[found].cpu().numpy()
-        counts.flow_rays = np.bincount(label, minlength=classes)
-        errors = _flow_errors(pred_flow, gt_flow, voxel[0][found], voxel[1][found])
-        counts.flow_error = np.bincount(label, weights=errors.cpu().numpy(), minlength=classes)
+        _, moving = self._constants_on(gt.device)
+        counts = RayCounts.zeros(self.labels.num_classes)
+        rays = voxel.shape[1]
+        size = min(rays, CPU_RAYS) if voxel.device.type == "cpu" else rays
+        for first in range(0, rays, max(size, 1)):
+            part = slice(first, first + size)
+            pred_voxel, gt_voxel = voxel[0, part], voxel[1, part]
+            pred_label, gt_label = pred.flatten()[pred_voxel].long(), gt.flatten()[gt_voxel].long()
+            error = (distance[0, part].double() - distance[1, part].double()).abs()
+            self._count_labels(counts, pred_label, gt_label, error)
+            found = ((gt_label == pred_label) & (error < FLOW_THRESHOLD) & moving[gt_label]).nonzero()[:, 0]
+            label = gt_label[found].cpu().numpy()
+            flow_error = _flow_errors(pred_flow, gt_flow, pred_voxel[found], gt_voxel[found])
+            counts.flow_rays += np.bincount(label, minlength=len(counts.gt))
+            counts.flow_error += np.bincount(label, weights=flow_error, minlength=len(counts.gt))
         return counts
 
+    def _count_labels(self, counts: RayCounts, pred_label: Tensor, gt_label: Tensor, error: Tensor) -> None:
+        """Add rays to ``gt``, ``pred`` and ``tp``: one histogram over (thresholds met, true label, predicted label)."""
+        classes, thresholds = self.labels.num_classes, len(THRESHOLDS)
+        within = sum((error < threshold).long() for threshold in THRESHOLDS)
+        cells = (within * classes + gt_label) * classes + pred_label
+        table = torch.bincount(cells, minlength=(thresholds + 1) * classes * classes).cpu().numpy()
+        table = table.reshape(-1, classes, classes)
+        table[:, self.labels.free_index] = 0
+        counts.gt += table.sum((0, 2))
+        counts.pred += table.sum((0, 1))
+        right = np.diagonal(table, axis1=1, axis2=2)
+        counts.tp += np.stack([right[thresholds - rank:].sum(0) for rank in range(thresholds)])
 
-def _flow_errors(pred_flow: Tensor | None, gt_flow: Tensor | None, pred_voxel: Tensor, gt_voxel: Tensor) -> Tensor:
+
+def _flow_errors(pred_flow: Tensor | None, gt_flow: Tensor | None, pred_voxel: Tensor, gt_voxel: Tensor) -> np.ndarray:
     """(rays,) float64 norms of predicted minus true flow in m/s; a flow that is None is zero."""
     zero = torch.zeros(len(pred_voxel), 2, dtype=torch.float64, device=pred_voxel.device)
     predicted = zero if pred_flow is None else pred_flow.reshape(-1, 2)[pred_voxel].double()
     true = zero if gt_flow is None else gt_flow.reshape(-1, 2)[gt_voxel].half().double()
-    if pred_flow is not None and not bool(predicted.isfinite().all()):
-        wrong = int((~predicted.isfinite().all(dim=1)).sum())
-        raise ValueError(f"pred_flow is not finite where {wrong} of {len(predicted)} true-positive rays hit")
     difference = true - predicted
-    return (difference[:, 0] * difference[:, 0] + difference[:, 1] * difference[:, 1]).sqrt()
+    errors = (difference[:, 0] * difference[:, 0] + difference[:, 1] * difference[:, 1]).sqrt().cpu().numpy()
+    if not np.isfinite(errors).all() and (wrong := int((~predicted.isfinite().all(dim=1)).sum())):
+        raise ValueError(f"pred_flow is not finite where {wrong} of {len(predicted)} true-positive rays hit")
+    return errors
