@@ -16,7 +16,7 @@ import contextvars
 import copy
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mmcv.cnn import MODELS as MMCV_MODELS
@@ -90,6 +90,32 @@ def accepted_keys(cls: type) -> tuple[list[str], bool]:
     return names, True
 
 
+def _near_matches(unknown: Collection[str], accepted: Collection[str]) -> str:
+    """Text that names the accepted key next to each unknown one, where one is near."""
+    return "".join(f" (did you mean {near[0]!r}?)" for key in unknown
+                   if (near := difflib.get_close_matches(str(key), accepted, n=1)))
+
+
+def check_keys(mapping: Mapping, accepted: Collection[str], place: str) -> None:
+    """Refuse unknown keys in a plain dict, one without a ``type``, of the config that is being built.
+
+    Args:
+        mapping: The dict.
+        accepted: Keys that it may have.
+        place: Its key in the part of the config that is being built.
+
+    Raises:
+        ConfigError: ``mapping`` is no mapping or has another key; the message names the place, the key, the accepted
+            keys, and the one that was probably meant.
+    """
+    with config_place(place) as path:
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(f"{path}: expected a dict, got {type(mapping).__name__}: {mapping!r}")
+        if unknown := sorted(mapping.keys() - set(accepted), key=str):
+            raise ConfigError(f"{path}: unknown {unknown}{_near_matches(unknown, accepted)}; accepted are "
+                              f"{sorted(accepted)}")
+
+
 def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | None = None) -> Any:
     """Build the object that ``cfg`` describes; ``cfg`` stays as it is.
 
@@ -104,8 +130,8 @@ def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | 
     Raises:
         ConfigError: ``cfg`` is no mapping, has no ``type``, names an unknown type, or passes keys that the type does
             not take. Keys listed in the type's class attribute ``ignored_config_keys`` (published configs set them,
-            nothing reads them) are accepted and dropped. A ``TypeError``, ``ValueError`` or ``KeyError`` of the
-            constructor is reported with the place in the config.
+            nothing reads them) are accepted and dropped. A ``TypeError``, ``ValueError``, ``LookupError``,
+            ``AssertionError`` or ``RuntimeError`` of the constructor is reported with the place in the config.
     """
     path = _config_path.get() or "config"
     if not isinstance(cfg, Mapping):
@@ -118,17 +144,15 @@ def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | 
     args = {k: copy.deepcopy(v) for k, v in args.items() if k not in ignored}
     names, takes_any = accepted_keys(cls)
     if not takes_any and (unknown := sorted(args.keys() - set(names))):
-        hints = [f" (did you mean {near[0]!r}?)" for key in unknown
-                 if (near := difflib.get_close_matches(key, names, n=1))]
-        raise ConfigError(f"{path}: {cls.__name__} takes no {unknown}{''.join(hints)}; it takes {names}")
+        raise ConfigError(f"{path}: {cls.__name__} takes no {unknown}{_near_matches(unknown, names)}; it takes {names}")
     try:
         return cls(**args)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {cls.__name__}: {error}") from error
-    except KeyError as error:
-        raise ConfigError(f"{path}: {cls.__name__}: KeyError {error}") from error
+    except (LookupError, AssertionError, RuntimeError) as error:  # whose text alone says little
+        raise ConfigError(f"{path}: {cls.__name__}: {type(error).__name__} {error}") from error
 
 
 def build(cfg: Mapping, place: str = "", **default_args: Any) -> Any:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+def _whole_steps(low: float, high: float, step: float) -> int | None:
+    """Number of steps from low to high, at least 1; None unless it is whole, but for rounding."""
+    count = (high - low) / step if step > 0 else 0
+    return round(count) if round(count) >= 1 and abs(round(count) - count) <= 1e-3 else None
+
+
+def depth_bins(depth_range: Sequence[float]) -> int:
+    """Number of depth bins D of (low, high, step) in metres; bin i begins at ``low + i * step``.
+
+    Raises:
+        ValueError: these are not three numbers, or they hold no whole number of bins.
+    """
+    values = tuple(depth_range) if isinstance(depth_range, Sequence) else ()
+    if len(values) != 3 or (bins := _whole_steps(*values)) is None:
+        raise ValueError(f"depth must be [low, high, step] with a whole number of bins, got {depth_range}")
+    return bins
 
 
 @dataclass(frozen=True)
@@ -35,8 +53,7 @@ class VoxelGrid:
             if axis not in grid_config or len(grid_config[axis]) != 3:
                 raise ValueError(f"grid_config needs {axis}=[low, high, cell], got {grid_config.get(axis)}")
             low, high, cell = (float(v) for v in grid_config[axis])
-            count = (high - low) / cell if cell > 0 else 0
-            if round(count) < 1 or abs(round(count) - count) > 1e-3:
+            if _whole_steps(low, high, cell) is None:
                 raise ValueError(f"grid_config {axis}=[{low}, {high}, {cell}] holds no whole number of voxels")
             axes.append((low, high, cell))
         return cls(*(tuple(values) for values in zip(*axes, strict=True)))

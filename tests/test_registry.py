@@ -21,6 +21,7 @@ from mmdet3d.registry import (
     accepted_keys,
     build,
     build_from_config,
+    check_keys,
     config_place,
 )
 
@@ -249,10 +250,53 @@ def test_every_misspelt_key_of_a_config_is_refused():
     assert accepted == []
 
 
-def test_a_key_that_a_constructor_looks_up_in_a_part_is_named():
+def test_a_misspelt_key_of_the_2d_block_is_named():
     config = load(TINY)
     config.backward_projection.transformer.encoder.transformerlayers.conv_cfgs = dict(embed_dim=16)
-    assert error_of(config).endswith(".transformerlayers[0]: BEVFormerEncoderLayer: KeyError 'embed_dims'")
+    assert error_of(config).endswith(".transformerlayers[0].conv_cfgs: unknown ['embed_dim'] (did you mean "
+                                     "'embed_dims'?); accepted are ['embed_dims']")
+
+
+ENCODER = ("backward_projection", "transformer", "encoder")
+TRANSFORM = ("forward_projection", "img_view_transformer")
+
+
+@pytest.mark.parametrize("path, key, near", [
+    ((*ENCODER, "data_config"), "inputsize", "input_size"),
+    ((*ENCODER, "grid_config"), "dept", "depth"),
+    ((*ENCODER, "transformerlayers", "conv_cfgs"), "embed_dim", "embed_dims"),
+    ((*TRANSFORM, "grid_config"), "dept", "depth"),
+    ((*TRANSFORM, "depthnet_cfg"), "use_dnc", "use_dcn")])
+def test_unknown_keys_of_plain_dicts_name_their_place_and_a_near_match(path, key, near):
+    config = load(PUBLISHED)
+    at(config, path)[key] = 1
+    message = error_of(config)
+    assert message.startswith("model.") and f".{path[-1]}: unknown [{key!r}] (did you mean {near!r}?)" in message
+    assert repr(near) in message.split("accepted are")[1]
+
+
+def test_plain_dicts_that_are_none():
+    words = r"^house.room: expected a dict, got list: \['door'\]$"
+    with pytest.raises(ConfigError, match=words), config_place("house"):
+        check_keys(["door"], ("door",), "room")
+    check_keys({"door": 1}, ("door", "window"), "room")
+    with pytest.raises(ConfigError, match=r"^room: unknown \[7, 'roof'\]; accepted are \['door'\]$"):
+        check_keys({"roof": 1, "door": 2, 7: 3}, ("door",), "room")
+
+
+@pytest.mark.parametrize("error, words", [
+    (AssertionError(), "house: Grumpy: AssertionError"), (IndexError("too far"), "house: Grumpy: IndexError too far"),
+    (RuntimeError("no size"), "house: Grumpy: RuntimeError no size"),
+    (KeyError("lid"), "house: Grumpy: KeyError 'lid'"),
+    (TypeError("no"), "house: Grumpy: no")])
+def test_errors_of_a_constructor_get_their_place(error, words):
+    class Grumpy:
+        def __init__(self):
+            raise error
+
+    with pytest.raises(ConfigError, match=words) as caught, config_place("house"):
+        build_from_config({"type": Grumpy}, TOYS)
+    assert caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize("key", ["transformer", "positional_encoding"])

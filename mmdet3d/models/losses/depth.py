@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdet3d.structures import depth_bins
+
 
 def depth_targets(gt_depth: Tensor, downsample: int, depth_range: Sequence[float]) -> Tensor:
     """Depth bin of each block of pixels, from the nearest point in it.
@@ -25,28 +27,19 @@ def depth_targets(gt_depth: Tensor, downsample: int, depth_range: Sequence[float
         is out of range or there is none.
 
     Raises:
-        ValueError: H or W is not a multiple of ``downsample``, or ``depth_range`` is not three increasing steps.
+        ValueError: H or W is not a multiple of ``downsample``, or ``depth_range`` holds no whole number of bins.
     """
     height, width = gt_depth.shape[-2:]
     if height % downsample or width % downsample:
         raise ValueError(f"gt_depth [..., H, W] must be a multiple of downsample={downsample}, got {height} x {width}")
+    num_bins = depth_bins(depth_range)
     low, _, step = depth_range
-    num_bins = num_depth_bins(depth_range)
     nearest = torch.where(gt_depth == 0, 1e5, gt_depth)
     nearest = nearest.unflatten(-1, (-1, downsample)).unflatten(-3, (-1, downsample)).amin((-3, -1))
     # counted from one, so that 0 is left for "none" when the fraction is cut off towards zero
     position = (nearest - (low - step)) / step
     position = torch.where((position >= 0) & (position < num_bins + 1), position, 0)
     return position.long() - 1
-
-
-def num_depth_bins(depth_range: Sequence[float]) -> int:
-    """Number of bins D of (low, high, step) in metres."""
-    low, high, step = depth_range
-    bins = round((high - low) / step) if step > 0 else 0
-    if bins < 1:
-        raise ValueError(f"depth_range must be (low, high, step) with low < high and step > 0, got {depth_range}")
-    return bins
 
 
 def depth_loss(probability: Tensor, gt_depth: Tensor, downsample: int, depth_range: Sequence[float],
@@ -68,7 +61,7 @@ def depth_loss(probability: Tensor, gt_depth: Tensor, downsample: int, depth_ran
         ValueError: shapes or the number of bins disagree.
     """
     labels = depth_targets(gt_depth, downsample, depth_range).flatten(0, -3)         # [M, h, w]
-    expected = (labels.shape[0], num_depth_bins(depth_range), *labels.shape[1:])
+    expected = (labels.shape[0], depth_bins(depth_range), *labels.shape[1:])
     if tuple(probability.shape) != expected:
         raise ValueError(f"probability must be [B * N, D, h, w] = {list(expected)} for this gt_depth "
                          f"{list(gt_depth.shape)}, got {list(probability.shape)}")

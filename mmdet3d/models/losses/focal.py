@@ -77,21 +77,21 @@ class CustomFocalLoss(nn.Module):
     entries in the state dict.
 
     Args:
+        bev_h: Voxels along Y.
+        bev_w: Voxels along X.
         use_sigmoid: Only True is defined.
         gamma: Focusing exponent.
         alpha: Weight of the label's class; the others get 1 - alpha.
         reduction: Only "mean" is defined.
         loss_weight: Factor of the result.
         activated: Only False is defined: the predictions are logits.
-        bev_h: Voxels along Y.
-        bev_w: Voxels along X.
 
     Raises:
         ValueError: an option has a value that is not defined.
     """
 
-    def __init__(self, use_sigmoid: bool = True, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "mean",
-                 loss_weight: float = 100.0, activated: bool = False, bev_h: int = 200, bev_w: int = 200) -> None:
+    def __init__(self, *, bev_h: int, bev_w: int, use_sigmoid: bool = True, gamma: float = 2.0, alpha: float = 0.25,
+                 reduction: str = "mean", loss_weight: float = 100.0, activated: bool = False) -> None:
         super().__init__()
         for name, value, accepted in (("use_sigmoid", use_sigmoid, True), ("reduction", reduction, "mean"),
                                       ("activated", activated, False)):

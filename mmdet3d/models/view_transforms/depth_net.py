@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NUM_CAMERA_PARAMETERS = 27
+#: Keys of ``depthnet_cfg`` in config files.
+DEPTHNET_KEYS = ("use_dcn", "use_aspp", "stereo", "bias", "cost_volume_downsample", "aspp_mid_channels")
 
 
 class CameraMLP(nn.Module):

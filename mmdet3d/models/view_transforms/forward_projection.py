@@ -54,19 +54,21 @@ class BEVDetStereoForwardProjection(BaseModule):
         num_cams: Cameras N.
         legacy_adjacent_extrinsics: The camera vector of the earlier frame holds the key frame's extrinsics, as the
             released weights expect; False: its own.
-        pre_process, img_bev_encoder_neck, use_grid_mask: Must keep their defaults.
+        pre_process, img_bev_encoder_neck, use_grid_mask, cv_downsample: Must keep their defaults.
     """
 
     ignored_config_keys = frozenset({
-        "align_after_view_transfromation", "img_context_idx", "cv_downsample", "pretrained", "train_cfg", "test_cfg"})
+        "align_after_view_transfromation", "img_context_idx", "pretrained", "train_cfg", "test_cfg"})
 
     def __init__(self, img_backbone: Mapping, img_neck: Mapping, img_view_transformer: Mapping,
                  img_bev_encoder_backbone: Mapping, num_adj: int = 1, adjust_channel: int | None = None,
                  return_intermediate: bool = True, stereo_feat_index: int = 0, with_prev: bool = True,
                  num_cams: int = 6, legacy_adjacent_extrinsics: bool = True, pre_process: Mapping | None = None,
-                 img_bev_encoder_neck: Mapping | None = None, use_grid_mask: bool = False,
+                 img_bev_encoder_neck: Mapping | None = None, use_grid_mask: bool = False, cv_downsample: int = 4,
                  init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
+        if cv_downsample != 4:
+            raise ValueError(f"cv_downsample must be 4, the stride of the stereo features, got {cv_downsample}")
         if num_adj != 1 or stereo_feat_index != 0 or not return_intermediate:
             raise ValueError("supported are num_adj=1, stereo_feat_index=0, return_intermediate=True; got "
                              f"{num_adj}, {stereo_feat_index}, {return_intermediate}")
@@ -91,7 +93,8 @@ class BEVDetStereoForwardProjection(BaseModule):
             img_inputs: The six tensors of a sample: images [B, N * F, 3, H, W] camera-major, sensor2ego, ego2global,
                 intrinsics and post_aug [B, F * N, 4, 4] frame-major, bda [B, 4, 4]; F = 3 frames, newest first.
         """
-        images, cameras = split_frames(img_inputs, self.num_cams, self.num_frames)
+        images, cameras = split_frames(img_inputs, self.num_cams, self.num_frames,
+                                       self.img_view_transformer.input_size)
         bda = img_inputs[5]
         with torch.no_grad():
             oldest_stereo = self.img_backbone.first_stage(images[2].flatten(0, 1)) if self.with_prev else None

@@ -32,8 +32,8 @@ class CameraFrame:
     post_aug: Tensor
 
 
-def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int
-                 ) -> tuple[list[Tensor], list[CameraFrame]]:
+def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int,
+                 image_size: tuple[int, int] | None = None) -> tuple[list[Tensor], list[CameraFrame]]:
     """Images and cameras of each frame, newest first.
 
     Relative poses are formed in float64, because global translations are large, and returned as float32. The key ego
@@ -44,19 +44,29 @@ def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int
             [B, F * N, 4, 4] frame-major; bda [B, 4, 4].
         num_cams: N.
         num_frames: F.
+        image_size: (H, W) that the images must have; None for any.
 
     Returns:
         F images [B, N, 3, H, W] and F cameras.
 
     Raises:
-        ValueError: a tensor does not hold N * F entries, or the tensors do not agree in B.
+        ValueError: these are not six tensors, one does not hold N * F entries, the tensors do not agree in B, or the
+            images have another size.
     """
+    if len(img_inputs) != 6:
+        raise ValueError("img_inputs must hold six tensors (images, sensor2ego, ego2global, intrinsics, post_aug, "
+                         f"bda), got {len(img_inputs)}")
     images, ego_from_camera, global_from_ego, intrinsics, post_aug = img_inputs[:5]
     batch = images.shape[0]
     total = num_cams * num_frames
     if images.dim() != 5 or images.shape[1] != total:
         raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, 3, "
                          f"H, W], got {tuple(images.shape)}")
+    if image_size is not None and images.shape[2:] != (3, *image_size):
+        raise ValueError(f"img_inputs[0] (images) must have 3 channels and the model's input_size (H, W) = "
+                         f"{tuple(image_size)}, got {tuple(images.shape)} [B, N * F, 3, H, W]")
+    if img_inputs[5].shape != (batch, 4, 4):
+        raise ValueError(f"img_inputs[5] (bda) must be {(batch, 4, 4)}, got {tuple(img_inputs[5].shape)}")
     names = ("sensor2ego", "ego2global", "intrinsics", "post_aug")
     for position, (name, matrix) in enumerate(zip(names, img_inputs[1:5], strict=True), 1):
         if matrix.shape != (batch, total, 4, 4):

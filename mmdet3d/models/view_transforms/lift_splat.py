@@ -9,11 +9,11 @@ from mmcv.runner import BaseModule
 from torch import Tensor
 
 from mmdet3d.models.view_transforms.cost_volume import stereo_cost_volume
-from mmdet3d.models.view_transforms.depth_net import DepthNet
+from mmdet3d.models.view_transforms.depth_net import DEPTHNET_KEYS, DepthNet
 from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points
 from mmdet3d.ops import bev_pool_v2
-from mmdet3d.registry import NECKS
-from mmdet3d.structures import VoxelGrid
+from mmdet3d.registry import NECKS, check_keys
+from mmdet3d.structures import VoxelGrid, depth_bins
 
 
 def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = True) -> Tensor:
@@ -58,6 +58,7 @@ class LSSForwardProjection(BaseModule):
     """
 
     ignored_config_keys = frozenset({"return_context"})
+    has_cost_volume = False
 
     def __init__(self, grid_config: Mapping, input_size: tuple[int, int], in_channels: int = 512,
                  out_channels: int = 64, downsample: int = 16, depthnet_cfg: Mapping | None = None,
@@ -69,20 +70,25 @@ class LSSForwardProjection(BaseModule):
                    "with_depth_from_lidar": with_depth_from_lidar}
         if wanted := [name for name, value in options.items() if value]:
             raise ValueError(f"{wanted} are not supported, set them to False")
-        if "depth" not in grid_config or len(grid_config["depth"]) != 3:
-            raise ValueError(f"grid_config needs depth=[low, high, step], got {grid_config.get('depth')}")
+        depthnet_cfg = depthnet_cfg or {}
+        check_keys(depthnet_cfg, DEPTHNET_KEYS, "depthnet_cfg")
+        check_keys(grid_config, ("x", "y", "z", "depth"), "grid_config")
+        if depthnet_cfg.get("stereo", False) and not self.has_cost_volume:
+            raise ValueError("depthnet_cfg.stereo=True needs the cost volume of LSSVStereoForwardProjection")
+        num_bins = depth_bins(grid_config.get("depth"))
         self.grid = VoxelGrid.from_config(grid_config)
         self.input_size = tuple(input_size)
         self.downsample = downsample
         self.loss_depth_weight = loss_depth_weight
         self.truncate_toward_zero = truncate_toward_zero
         self.depth_range = tuple(float(v) for v in grid_config["depth"])
-        self.register_buffer("depths", torch.arange(*self.depth_range, dtype=torch.float32), persistent=False)
-        self.depth_net = DepthNet(in_channels, in_channels, out_channels, len(self.depths), with_cp=with_cp,
-                                  **(depthnet_cfg or {}))
+        # Rounding can give arange one value too many.
+        self.register_buffer("depths", torch.arange(*self.depth_range, dtype=torch.float32)[:num_bins],
+                             persistent=False)
+        self.depth_net = DepthNet(in_channels, in_channels, out_channels, num_bins, with_cp=with_cp, **depthnet_cfg)
 
-    def forward(self, feature: Tensor, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, feature: Tensor, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor,
+                stereo: Tensor | None = None, older_stereo: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Pool an image feature into the voxel grid.
 
         Args:
@@ -90,6 +96,7 @@ class LSSForwardProjection(BaseModule):
             camera: Cameras of the frame that ``feature`` was computed from.
             key_ego_from_camera: [B, N, 4, 4] poses of the key frame's cameras, for the camera vector.
             bda: [B, 4, 4] BEV augmentation.
+            stereo, older_stereo: Not read: there for the stereo variant, which is called alike.
 
         Returns:
             volume [B, C, Z, Y, X]; depth probability [B * N, D, h, w]; context [B * N, C, h, w].
@@ -116,14 +123,17 @@ class LSSVStereoForwardProjection(LSSForwardProjection):
     """Lift and splat whose depth also sees a plane-sweep cost volume between two frames (BEVDet-4D-Stereo).
 
     Args:
-        cv_downsample: Stride of the stereo features.
+        cv_downsample: Stride of the stereo features; must be 4.
         one_channel_invalid_test: See :func:`stereo_cost_volume`.
         **kwargs: As :class:`LSSForwardProjection`.
     """
 
+    has_cost_volume = True
+
     def __init__(self, *args, cv_downsample: int = 4, one_channel_invalid_test: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.cv_downsample = cv_downsample
+        if cv_downsample != 4:
+            raise ValueError(f"cv_downsample must be 4, the stride of the stereo features, got {cv_downsample}")
         self.one_channel_invalid_test = one_channel_invalid_test
 
     def forward(self, feature: Tensor, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor,

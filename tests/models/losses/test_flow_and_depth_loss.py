@@ -145,7 +145,8 @@ def test_depth_inputs_are_checked():
     logits, gt_depth = depth_case()
     with pytest.raises(ValueError, match="multiple of downsample=3, got 16 x 20"):
         depth_targets(gt_depth, 3, DEPTH_RANGE)
-    with pytest.raises(ValueError, match="low < high and step > 0"):
-        depth_targets(gt_depth, 4, (45.0, 1.0, 0.5))
+    for depth_range in ((45.0, 1.0, 0.5), (1.0, 45.0, 0.0), (1.0, 45.0, 3.0), (1.0, 45.0)):
+        with pytest.raises(ValueError, match=r"depth must be \[low, high, step\] with a whole number of bins, got \("):
+            depth_targets(gt_depth, 4, depth_range)
     with pytest.raises(ValueError, match=r"\[6, 118, 4, 5\] for this gt_depth .* got \[6, 88, 4, 5\]"):
         depth_loss(logits.softmax(1), gt_depth, 4, (1.0, 60.0, 0.5))

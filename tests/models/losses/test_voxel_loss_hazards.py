@@ -224,7 +224,12 @@ def test_focal_is_built_from_a_config():
 @pytest.mark.parametrize("option", [dict(use_sigmoid=False), dict(activated=True), dict(reduction="sum")])
 def test_focal_refuses_options_that_are_not_defined(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is not supported"):
-        CustomFocalLoss(**option)
+        CustomFocalLoss(bev_h=3, bev_w=5, **option)
+
+
+def test_focal_needs_the_size_of_the_grid():
+    with pytest.raises(TypeError, match="'bev_h' and 'bev_w'"):
+        CustomFocalLoss()
 
 
 @EACH

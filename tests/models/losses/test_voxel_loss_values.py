@@ -107,7 +107,7 @@ def test_gradcheck(name, device):
 
 
 def test_radial_weight_is_one_in_the_middle_and_two_in_the_corner():
-    weight = CustomFocalLoss().radial_weight
+    weight = CustomFocalLoss(bev_h=200, bev_w=200).radial_weight
     assert weight.shape == (200, 200)
     assert weight[0, 0] == 2
     assert weight[100, 100] == 1

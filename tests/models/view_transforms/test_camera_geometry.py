@@ -73,6 +73,18 @@ def test_batches_must_agree(inputs):
         split_frames((inputs[0].flatten(3), *inputs[1:]), CAMS, FRAMES)
 
 
+def test_six_tensors_an_image_size_and_one_augmentation_per_sample(inputs):
+    batch, total, _, height, width = inputs[0].shape
+    with pytest.raises(ValueError, match=r"img_inputs must hold six tensors \(images, .*bda\), got 5"):
+        split_frames(inputs[:5], CAMS, FRAMES)
+    words = rf"input_size \(H, W\) = \({height}, {width + 1}\), got \({batch}, {total}, 3"
+    with pytest.raises(ValueError, match=words):
+        split_frames(inputs, CAMS, FRAMES, (height, width + 1))
+    split_frames(inputs, CAMS, FRAMES, (height, width))
+    with pytest.raises(ValueError, match=rf"img_inputs\[5\] \(bda\) must be \({batch}, 4, 4\), got \({batch}, 3, 3\)"):
+        split_frames((*inputs[:5], inputs[5][:, :3, :3]), CAMS, FRAMES)
+
+
 def test_the_camera_vector_holds_27_numbers_in_order():
     intrinsics, post_aug, bda = (torch.zeros(1, 1, 4, 4) for _ in range(3))
     for row, column, value in ((0, 0, 1), (1, 1, 2), (0, 2, 3), (1, 2, 4)):

@@ -138,6 +138,31 @@ def test_unsupported_options_are_refused(option):
         build_module(**option)
 
 
+def test_another_stride_of_the_stereo_features_is_refused():
+    with pytest.raises(ValueError, match="cv_downsample must be 4, .* got 8"):
+        build_module(cv_downsample=8)
+    assert build_module(cv_downsample=4).num_cams == CAMS
+
+
+def test_the_view_transform_may_do_without_stereo(inputs, calls):
+    transform = {**CONFIG["img_view_transformer"], "type": "LSSForwardProjection",
+                 "depthnet_cfg": {"aspp_mid_channels": 4, "stereo": False}}
+    module = build_module(img_view_transformer=transform)
+    assert not any("cost_volumn_net" in key for key in module.state_dict())
+    with torch.no_grad():
+        features = module(inputs)
+        again = module(inputs)
+    assert [v.shape for v in features.volumes] == [v.shape for v in calls.features.volumes]
+    assert features.depth.shape == calls.features.depth.shape and features.context.shape == calls.features.context.shape
+    assert all(v.isfinite().all() and v.any() for v in features.volumes)
+    torch.testing.assert_close(again.depth, features.depth)
+
+
+def test_images_of_another_size_are_refused(module, inputs):
+    with pytest.raises(ValueError, match=r"input_size \(H, W\) = \(32, 96\), got \(2, 6, 3, 32, 64\)"):
+        module((inputs[0][..., :64], *inputs[1:]))
+
+
 def test_context_without_an_adjusting_convolution(inputs):
     module = build_module(adjust_channel=None)
     assert not any("adjust_channel_conv" in key for key in module.state_dict())

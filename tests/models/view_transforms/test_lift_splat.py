@@ -9,8 +9,8 @@ import torch
 from mmdet3d.models.view_transforms import LSSForwardProjection, LSSVStereoForwardProjection
 from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points
 from mmdet3d.models.view_transforms.lift_splat import voxel_index
-from mmdet3d.registry import build
-from mmdet3d.structures import VoxelGrid
+from mmdet3d.registry import ConfigError, build
+from mmdet3d.structures import VoxelGrid, depth_bins
 
 NARROW = VoxelGrid((-4, -3, -1), (6, 3, 2), (2, 1.5, 1.0))  # X, Y, Z = 5, 4, 3
 CONFIG = {"grid_config": {"x": [-6, 6, 2.0], "y": [-5, 5, 2.0], "z": [-4, 4, 2.0], "depth": [2.0, 12.0, 2.0]},
@@ -131,16 +131,35 @@ def test_depth_bins():
     assert "depths" not in module.state_dict()
 
 
+def test_rounding_adds_no_depth_bin():
+    for depth in ([0.0, 0.6, 0.2], [0.0, 2.1, 0.7], [1.0, 1.3, 0.1]):
+        module = build({"type": "LSSForwardProjection", **CONFIG, "grid_config": {**CONFIG["grid_config"],
+                                                                                "depth": depth}})
+        assert len(module.depths) == depth_bins(depth) == 3
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"depthnet_cfg": {"aspp_mid_channel": 4}},
+     r"transform.depthnet_cfg: unknown \['aspp_mid_channel'\] \(did you mean 'aspp_mid_channels'\?\); accepted are \["),
+    ({"grid_config": {**CONFIG["grid_config"], "w": [0, 1, 1]}},
+     r"transform.grid_config: unknown \['w'\]; accepted are \['depth', 'x', 'y', 'z'\]"),
+    ({"depthnet_cfg": {"stereo": True}}, "stereo=True needs the cost volume of LSSVStereoForwardProjection"),
+    ({"type": "LSSVStereoForwardProjection", "cv_downsample": 8}, "cv_downsample must be 4, .* got 8")])
+def test_options_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(ConfigError, match=words):
+        build({"type": "LSSForwardProjection", **CONFIG, **change}, "transform")
+
+
 @pytest.mark.parametrize("option", ["collapse_z", "accelerate", "sid", "with_depth_from_lidar"])
 def test_unsupported_options_are_refused(option):
     with pytest.raises(ValueError, match=rf"\['{option}'\] are not supported, set them to False"):
         LSSForwardProjection(**CONFIG, **{option: True})
 
 
-@pytest.mark.parametrize("depth", [None, [1.0, 45.0]])
+@pytest.mark.parametrize("depth", [None, [1.0, 45.0], [1.0, 45.0, 3.0]])
 def test_depth_bins_must_be_given(depth):
     grid_config = {key: value for key, value in (CONFIG["grid_config"] | {"depth": depth}).items() if value}
-    with pytest.raises(ValueError, match=r"grid_config needs depth=\[low, high, step\]"):
+    with pytest.raises(ValueError, match=r"depth must be \[low, high, step\] with a whole number of bins, got "):
         LSSForwardProjection(**{**CONFIG, "grid_config": grid_config})
 
 
