@@ -12,6 +12,7 @@ from torch import Tensor
 from mmdet3d.utils.precision import full_precision
 
 REQUIRED = ("sequence_group_idx", "start_of_sequence", "curr_to_prev_ego_rt", "can_bus", "lidar2img", "ego2lidar")
+CAN_BUS_LENGTH = 18
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,47 @@ class FrameMeta:
 
     @classmethod
     @full_precision
-    def from_metas(cls, img_metas: Sequence[Mapping], device: torch.device) -> FrameMeta:
+    def from_metas(cls, img_metas: Sequence[Mapping], device: torch.device, num_cams: int | None = None) -> FrameMeta:
         """Stack the meta data of a batch; the dicts stay as they are.
 
+        Args:
+            img_metas: One dict per sample, with at least the keys :data:`REQUIRED`.
+            device: Where the matrices go.
+            num_cams: Cameras N; None takes any number that is the same for all samples.
+
         Raises:
-            ValueError: a key is missing, or a sequence number is negative.
+            ValueError: there is no sample, a key is missing, a sequence number is negative, or a value has the wrong
+                shape.
         """
+        if not img_metas:
+            raise ValueError("img_metas is empty; it needs one dict per sample")
         for position, meta in enumerate(img_metas):
             if missing := [key for key in REQUIRED if key not in meta]:
                 raise ValueError(f"img_metas[{position}] lacks {missing}; it has {sorted(meta)}")
             if int(meta["sequence_group_idx"]) < 0:
                 raise ValueError(f"img_metas[{position}]: sequence_group_idx must not be negative, "
                                  f"got {meta['sequence_group_idx']}")
-        can_bus = torch.from_numpy(np.stack([np.asarray(meta["can_bus"], np.float64) for meta in img_metas]))
-        image_from_lidar = _stack(img_metas, "lidar2img", device)  # [B, N, 4, 4]
-        lidar_from_ego = _stack(img_metas, "ego2lidar", device).reshape(-1, 1, 4, 4)
+        can_bus = _stack(img_metas, "can_bus", [(CAN_BUS_LENGTH,)], torch.float64)
+        num_cams = len(img_metas[0]["lidar2img"]) if num_cams is None else num_cams
+        image_from_lidar = _stack(img_metas, "lidar2img", [(num_cams, 4, 4)]).to(device)
+        lidar_from_ego = _stack(img_metas, "ego2lidar", [(1, 4, 4), (4, 4)]).to(device)
         return cls(
             sequence_ids=tuple(int(meta["sequence_group_idx"]) for meta in img_metas),
             starts=tuple(bool(meta["start_of_sequence"]) for meta in img_metas),
-            previous_ego_from_ego=_stack(img_metas, "curr_to_prev_ego_rt", device),
+            previous_ego_from_ego=_stack(img_metas, "curr_to_prev_ego_rt", [(4, 4)]).to(device),
             ego_translation=can_bus[:, :3],
             yaw=can_bus[:, -2],
-            image_from_ego=image_from_lidar @ lidar_from_ego)
+            image_from_ego=image_from_lidar @ lidar_from_ego)  # [B, N, 4, 4] @ [B, 1, 4, 4]
 
 
-def _stack(img_metas: Sequence[Mapping], key: str, device: torch.device) -> Tensor:
-    return torch.stack([torch.as_tensor(np.asarray(meta[key]), dtype=torch.float32) for meta in img_metas]).to(device)
+def _stack(img_metas: Sequence[Mapping], key: str, shapes: Sequence[tuple[int, ...]],
+           dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, *shapes[0]] values of ``key`` on the CPU; each must have one of ``shapes``, all of the same number."""
+    values = []
+    for position, meta in enumerate(img_metas):
+        value = torch.as_tensor(np.asarray(meta[key]), dtype=dtype)
+        if tuple(value.shape) not in shapes:
+            raise ValueError(f"img_metas[{position}]: {key} must have the shape "
+                             f"{' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
+        values.append(value.reshape(shapes[0]))
+    return torch.stack(values)

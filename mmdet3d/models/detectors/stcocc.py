@@ -5,7 +5,7 @@ Liao et al., CVPR 2025, arXiv 2504.19749.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from mmdet3d.models.attention.occupancy_predictor import occupied_probability
 from mmdet3d.models.detectors.base import BaseDetector
+from mmdet3d.models.detectors.consistency import check_consistency
 from mmdet3d.models.detectors.frame_meta import FrameMeta
+from mmdet3d.models.detectors.memory_check import MemoryLayout, check_memory
 from mmdet3d.models.detectors.stage_configs import stage_configs
 from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
@@ -77,7 +79,7 @@ class STCOcc(BaseDetector):
                  temporal_fusion: Mapping | None = None, flow_head: Mapping | None = None, num_stage: int = 2,
                  backward_num_layer: Sequence[int] = (1, 2), history_frame_num: Sequence[int] | None = None,
                  train_top_k: Sequence[int] | None = None, val_top_k: Sequence[int] | None = None,
-                 train_top_k_in_eval: bool = True, intermediate_pred_loss_weight: Sequence[float] = (0.5, 0.25),
+                 train_top_k_in_eval: bool = True, intermediate_pred_loss_weight: Sequence[float] = (1.0, 0.5, 0.25),
                  class_weights: Sequence[float] | None = None, empty_idx: int = 17,
                  foreground_idx: Sequence[int] | None = None, flow_loss_weight: float = 0.8, save_results: bool = False,
                  channels_last: bool = True, use_ms_feats: bool = False, pretrained: Any = None, train_cfg: Any = None,
@@ -98,7 +100,10 @@ class STCOcc(BaseDetector):
         self.flow_head = None if flow_head is None else build(flow_head, "flow_head")
         finest = self.forward_projection.img_view_transformer.grid
         self.grids = tuple(finest.coarsen(2**s) for s in range(num_stage))
-        self._check_grids()
+        check_consistency(self, stages, {
+            "empty_idx": empty_idx, "foreground_idx": foreground_idx, "class_weights": class_weights,
+            "intermediate_pred_loss_weight": intermediate_pred_loss_weight,
+            "flow_head.foreground_idx": None if flow_head is None else flow_head.get("foreground_idx")})
         size_x, size_y, _ = finest.size_xyz
         self.voxel_losses = VoxelLosses(bev_h=2 * size_y, bev_w=2 * size_x, empty_index=empty_idx,
                                         class_weights=class_weights, scale_weights=intermediate_pred_loss_weight)
@@ -115,19 +120,13 @@ class STCOcc(BaseDetector):
         self.temporal_fusion_list = nn.ModuleList()
         if config is None:
             return
-        for name, values in (("history_frame_num", frames), ("train_top_k or val_top_k", self.top_k[True])):
+        for name, values in (("history_frame_num", frames), ("train_top_k or val_top_k", self.top_k[True]),
+                             ("train_top_k or val_top_k", self.top_k[False])):
             if values is None or len(values) != self.num_stage:
                 raise ConfigError(f"model.{name} must have one entry per stage ({self.num_stage}), got {values}")
         for s in range(self.num_stage):
             cfg = {**config, "history_num": frames[s], "top_k": self.top_k[True][s]}
             self.temporal_fusion_list.append(build(cfg, f"temporal_fusion (stage {s})"))
-
-    def _check_grids(self) -> None:
-        for s, (grid, stage) in enumerate(zip(self.grids, self.backward_projection_list, strict=True)):
-            encoder_grid = stage.transformer.encoder.grid
-            if encoder_grid != grid:
-                raise ConfigError(f"backward_projection: the encoder's grid_config of stage {s} is {encoder_grid}, "
-                                  f"but the view transformer's grid_config gives {grid}")
 
     # ---- forward passes -------------------------------------------------------------------------------------------
 
@@ -140,9 +139,16 @@ class STCOcc(BaseDetector):
                 [B, 3 * N, 4, 4] frame-major; bda [B, 4, 4].
             img_metas: B dicts, see :class:`FrameMeta`.
             memory: What the previous frame returned; None at first.
+
+        Raises:
+            ValueError: ``img_inputs`` or ``img_metas`` have the wrong shapes, or ``memory`` does not fit.
         """
+        if len(img_inputs) != 6 or len(img_metas) != len(img_inputs[0]):
+            raise ValueError("expected six img_inputs and one dict of img_metas per sample, got "
+                             f"{len(img_inputs)} img_inputs{f' of {len(img_inputs[0])} samples' if img_inputs else ''} "
+                             f"and {len(img_metas)} img_metas")
+        meta = FrameMeta.from_metas(img_metas, img_inputs[0].device, num_cams=self.forward_projection.num_cams)
         features = self.forward_projection(tuple(img_inputs))
-        meta = FrameMeta.from_metas(img_metas, img_inputs[0].device)
         return self.cascade(features, meta, img_inputs[5], memory), features
 
     def cascade(self, features: ForwardFeatures, meta: FrameMeta, bda: Tensor, memory: TemporalMemory | None
@@ -156,9 +162,9 @@ class STCOcc(BaseDetector):
             memory: What the previous frame returned; None at first.
 
         Raises:
-            ValueError: ``memory`` belongs to another batch size, or a sequence goes on that it does not follow.
+            ValueError: ``memory`` does not fit the model or the batch, or a sequence goes on that it does not follow.
         """
-        _check_memory(memory, meta)
+        check_memory(memory, meta, self._memory_layout(), bda.device)
         batch = bda.shape[0]
         context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
         displacement = _ego_displacement(memory, meta)
@@ -189,6 +195,12 @@ class STCOcc(BaseDetector):
             volume, logits, occupied, None if memory is None else memory.histories[s], self.grids[s], meta.starts, bda,
             None if memory is None else memory.bda, meta.previous_ego_from_ego, top_k=self.top_k[self.training][s])
 
+    def _memory_layout(self) -> MemoryLayout:
+        fusions = self.temporal_fusion_list
+        sizes = tuple(grid.size_zyx for grid in self.grids) if fusions else ()
+        return MemoryLayout(sizes, tuple(fusion.history_num for fusion in fusions),
+                            fusions[0].channels if fusions else 0)
+
     def _remember(self, histories: list[Tensor], meta: FrameMeta, bda: Tensor) -> TemporalMemory | None:
         if not histories:
             return None
@@ -216,8 +228,9 @@ class STCOcc(BaseDetector):
             ValueError: a target is missing.
         """
         prediction, features = self.run(img_inputs, img_metas, self.memory)
+        losses = self.losses(prediction, features.depth, gt_depth, voxel_semantics, voxel_flows, **targets)
         self.memory = prediction.memory
-        return self.losses(prediction, features.depth, gt_depth, voxel_semantics, voxel_flows, **targets)
+        return losses
 
     def losses(self, prediction: Prediction, depth: Tensor, gt_depth: Tensor, voxel_semantics: Tensor,
                voxel_flows: Tensor | None = None, **targets: Any) -> dict[str, Tensor]:
@@ -256,24 +269,41 @@ class STCOcc(BaseDetector):
         if prediction.flow is None:
             flow = prediction.semantic_logits.new_zeros((*semantics.shape, 2))
         else:
-            flow = prediction.flow * self.flow_head.foreground(semantics)[..., None]
+            flow = prediction.flow.detach() * self.flow_head.foreground(semantics)[..., None]
         return {"occ_results": semantics.to(torch.uint8).cpu().numpy(), "flow_results": flow.half().cpu().numpy(),
                 "index": [meta.get("index") for meta in img_metas]}
 
-    def forward_test(self, img_metas: Sequence, img_inputs: Sequence, points: Any = None, **ignored: Any
+    def forward_test(self, img_metas: Sequence, img_inputs: Sequence, points: Sequence | None = None, **options: Any
                      ) -> list[dict[str, Any]]:
-        """As the test loop calls it: ``img_metas`` and ``img_inputs`` wrapped in a list with one augmentation.
+        """As the test loop calls it: every argument wrapped in a list with one augmentation.
 
         Raises:
             ValueError: there is more than one test-time augmentation.
         """
-        if len(img_metas) != 1 or len(img_inputs) != 1:
-            raise ValueError(f"exactly one test-time augmentation is supported, got {len(img_metas)} img_metas and "
-                             f"{len(img_inputs)} img_inputs")
-        return self.simple_test(img_metas[0], img_inputs[0])
+        points = [None] if points is None else points
+        if not len(img_metas) == len(img_inputs) == len(points) == 1:
+            raise ValueError(f"exactly one test-time augmentation is supported, got {len(img_metas)} img_metas, "
+                             f"{len(img_inputs)} img_inputs and {len(points)} points")
+        return self.simple_test(points[0], img_metas[0], img_inputs=img_inputs, **options)
 
-    def simple_test(self, img_metas: Sequence[Mapping], img_inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """Result of a batch as a list with one dict; continues from, and replaces, ``self.memory``."""
+    def simple_test(self, points: Any, img_metas: Sequence[Mapping], img: Any = None,
+                    img_inputs: Sequence | None = None, rescale: bool = False, **ignored: Any) -> list[dict[str, Any]]:
+        """Result of a batch as a list with one dict; continues from, and replaces, ``self.memory``.
+
+        Args:
+            points: Not read.
+            img_metas: B dicts, see :class:`FrameMeta`.
+            img: Not read.
+            img_inputs: The six input tensors, see :meth:`run`, alone or as the only entry of a list.
+            rescale: Not read, like any other keyword.
+
+        Raises:
+            ValueError: ``img_inputs`` is missing or does not fit.
+        """
+        if not img_inputs:
+            raise ValueError("simple_test needs img_inputs, the six input tensors")
+        if len(img_inputs) == 1:
+            img_inputs = img_inputs[0]
         result, self.memory = self.predict(img_inputs, img_metas, self.memory)
         if self.save_results:
             for meta, semantics, flow in zip(img_metas, result["occ_results"], result["flow_results"], strict=True):
@@ -284,23 +314,21 @@ class STCOcc(BaseDetector):
         """Forget the past, for example before another batch size."""
         self.memory = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> STCOcc:
+        """What ``to()``, ``cuda()`` and their like end in: the memory goes where the parameters go, in its dtype."""
+        super()._apply(fn, recurse)
+        if self.memory is not None:
+            self.memory = self.memory.to(fn(self.memory.bda.new_empty(0)).device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies (of a moving average, say) and pickles, which begin without a past."""
+        return {**self.__dict__, "memory": None}
+
 
 def _upsample(volume: Tensor) -> Tensor:
     """Trilinear x2 of [B, C, Z, Y, X]."""
     return F.interpolate(volume, scale_factor=2, mode="trilinear", align_corners=False)
-
-
-def _check_memory(memory: TemporalMemory | None, meta: FrameMeta) -> None:
-    if memory is None:
-        return
-    if memory.batch_size != len(meta.starts):
-        raise ValueError(f"the memory holds {memory.batch_size} batch slots, but the batch has {len(meta.starts)} "
-                         "samples; call reset_memory() before changing the batch size")
-    for slot, (start, known, new) in enumerate(
-            zip(meta.starts, memory.sequence_ids.tolist(), meta.sequence_ids, strict=True)):
-        if not start and known != new:
-            raise ValueError(f"batch slot {slot} continues sequence {new} (start_of_sequence is False), but the memory "
-                             f"follows sequence {known}; give a sequence's frames in order, or call reset_memory()")
 
 
 def _ego_displacement(memory: TemporalMemory | None, meta: FrameMeta) -> Tensor:

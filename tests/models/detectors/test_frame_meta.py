@@ -56,6 +56,36 @@ def test_a_missing_key_is_named(metas, key):
         FrameMeta.from_metas(metas, CPU)
 
 
+@pytest.mark.parametrize("key, value, words", [
+    ("can_bus", np.zeros(17), r"can_bus must have the shape \(18,\), got \(17,\)"),
+    ("curr_to_prev_ego_rt", torch.eye(3), r"curr_to_prev_ego_rt must have the shape \(4, 4\), got \(3, 3\)"),
+    ("lidar2img", torch.zeros(3, 4, 4), r"lidar2img must have the shape \(2, 4, 4\), got \(3, 4, 4\)"),
+    ("lidar2img", torch.zeros(2, 3, 4), r"lidar2img must have the shape \(2, 4, 4\), got \(2, 3, 4\)"),
+    ("ego2lidar", torch.zeros(2, 4, 4), r"ego2lidar must have the shape \(1, 4, 4\) or \(4, 4\), got \(2, 4, 4\)")])
+def test_values_of_another_shape_are_refused(metas, key, value, words):
+    metas[1][key] = value
+    for num_cams in (tiny.CAMS, None):
+        with pytest.raises(ValueError, match=rf"^img_metas\[1\]: {words}$"):
+            FrameMeta.from_metas(metas, CPU, num_cams=num_cams)
+
+
+def test_the_number_of_cameras_is_that_of_the_model(metas):
+    assert FrameMeta.from_metas(metas, CPU).image_from_ego.shape[1] == tiny.CAMS
+    with pytest.raises(ValueError, match=r"img_metas\[0\]: lidar2img must have the shape \(6, 4, 4\), got \(2, 4, 4\)"):
+        FrameMeta.from_metas(metas, CPU, num_cams=6)
+
+
+def test_one_lidar_pose_serves_with_and_without_its_axis(metas):
+    expected = FrameMeta.from_metas(metas, CPU).image_from_ego
+    metas[1]["ego2lidar"] = metas[1]["ego2lidar"][0]
+    assert torch.equal(FrameMeta.from_metas(metas, CPU).image_from_ego, expected)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="img_metas is empty"):
+        FrameMeta.from_metas([], CPU)
+
+
 def test_negative_sequence_numbers_are_refused(metas):
     metas[0]["sequence_group_idx"] = -1
     with pytest.raises(ValueError, match=r"img_metas\[0\]: sequence_group_idx must not be negative, got -1"):

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import tiny_model as tiny
+import torch
 
+from mmdet3d.models import build_model
 from mmdet3d.models.detectors.stage_configs import stage_configs
 from mmdet3d.registry import ConfigError
 from mmdet3d.structures import VoxelGrid
@@ -42,6 +44,14 @@ def test_optional_sizes_are_halved_only_where_given(finest):
     temporal, spatial = coarse["transformer"]["encoder"]["transformerlayers"]["attn_cfgs"]
     assert spatial["deformable_attention"]["num_Z_anchors"] == 4 and "num_Z_anchors" not in temporal
     assert "bev_z" not in coarse
+
+
+def test_the_number_of_anchors_may_be_given_to_both_attentions():
+    model = tiny.config()
+    temporal, spatial = model.backward_projection.transformer.encoder.transformerlayers.attn_cfgs
+    temporal["num_Z_anchors"] = spatial.deformable_attention["num_Z_anchors"] = tiny.Z
+    with torch.device("meta"):
+        assert len(build_model(model).backward_projection_list) == 2
 
 
 def test_one_stage_is_the_first(finest):

@@ -38,6 +38,11 @@ def run(model, step=0, memory=None, seed=0, **options):
     return model.run(*tiny.frame(step, **options), memory)[0]
 
 
+def simple_test(model, step):
+    inputs, metas = tiny.frame(step)
+    return model.simple_test(None, metas, img_inputs=inputs)
+
+
 def assert_same(a, b):
     """Of two predictions."""
     for name in ("semantic_logits", "flow", "volume"):
@@ -81,7 +86,7 @@ def test_the_unchanged_tiny_config_runs():
     model = build_model(tiny.published("stcocc-tiny-synthetic"))
     model.eval()
     inputs, metas = tiny.frame(0, batch=1, cams=6)
-    result, = model.simple_test(metas, inputs)
+    result, = model.simple_test(None, metas, img_inputs=[inputs])
     assert result["occ_results"].shape == (1, 40, 40, 8) and result["flow_results"].shape == (1, 40, 40, 8, 2)
 
 
@@ -95,17 +100,56 @@ def test_without_a_flow_head_the_flow_is_zero():
 def test_without_temporal_fusion_there_is_no_memory():
     model = tiny.build(temporal_fusion=None)
     for step in range(2):
-        result, = model.simple_test(*reversed(tiny.frame(step)))
+        result, = simple_test(model, step)
         assert result["occ_results"].shape == (B, 2 * X, 2 * Y, 2 * Z) and model.memory is None
     assert not any(key.startswith("temporal_fusion") for key in model.state_dict())
 
 
 def test_two_augmentations_are_refused(model):
     inputs, metas = tiny.frame(0)
-    with pytest.raises(ValueError, match="exactly one test-time augmentation .*got 1 img_metas and 2 img_inputs"):
+    with pytest.raises(ValueError, match="exactly one test-time augmentation .*got 1 img_metas, 2 img_inputs and"):
         model(return_loss=False, img_metas=[metas], img_inputs=[inputs, inputs])
     with pytest.raises(ValueError, match="got 2 img_metas"):
         model.forward_test([metas, metas], [inputs])
+    with pytest.raises(ValueError, match="got 1 img_metas, 1 img_inputs and 2 points"):
+        model(return_loss=False, points=[None, None], img_metas=[metas], img_inputs=[inputs])
+
+
+def test_the_entry_point_below_the_test_loop(model):
+    inputs, metas = tiny.frame(0)
+    results = []
+    for wrapped in (inputs, [inputs]):
+        torch.manual_seed(0)
+        model.reset_memory()
+        results += model.simple_test(None, metas, img=None, img_inputs=wrapped, rescale=True, gt_depth=None)
+    np.testing.assert_array_equal(results[0]["occ_results"], results[1]["occ_results"])
+    np.testing.assert_array_equal(results[0]["flow_results"], results[1]["flow_results"])
+    with pytest.raises(ValueError, match="simple_test needs img_inputs, the six input tensors"):
+        model.simple_test(None, metas)
+
+
+def test_results_do_not_need_gradients_to_be_off(model):
+    inputs, metas = tiny.frame(0)
+    with torch.enable_grad():
+        prediction, _ = model.run(inputs, metas)
+        assert prediction.flow.requires_grad
+        result = model.results(prediction, metas)
+    assert isinstance(result["flow_results"], np.ndarray)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda inputs, metas: (inputs, metas[:1]),
+     "one dict of img_metas per sample, got 6 img_inputs of 2 samples and 1"),
+    (lambda inputs, metas: (inputs[:5], metas), "expected six img_inputs .*got 5 img_inputs"),
+    (lambda inputs, metas: ([], metas), "expected six img_inputs .*got 0 img_inputs and 2 img_metas"),
+    (lambda inputs, metas: ([inputs[0][..., :160], *inputs[1:]], metas),
+     r"input_size \(H, W\) = \(64, 176\), got \(2, 6, 3, 64, 160\)"),
+    (lambda inputs, metas: ([*inputs[:5], inputs[5][:1]], metas), r"\(bda\) must be \(2, 4, 4\), got \(1, 4, 4\)"),
+    (lambda inputs, metas: (inputs, [metas[0], metas[1] | {"lidar2img": torch.eye(4).repeat(6, 1, 1)}]),
+     r"img_metas\[1\]: lidar2img must have the shape \(2, 4, 4\), got \(6, 4, 4\)")])
+def test_inputs_that_do_not_fit_are_refused(model, change, words):
+    with pytest.raises(ValueError, match=words):
+        model.run(*change(*tiny.frame(0)))
 
 
 # ---- the cascade ----------------------------------------------------------------------------------------------------
@@ -156,7 +200,7 @@ def test_passing_the_memory_on_equals_the_models_own_state(model):
     for step in range(3):
         inputs, metas = tiny.frame(step, starts=[step == 0, step in (0, 2)])
         torch.manual_seed(step)
-        result, = model.simple_test(metas, inputs)
+        result, = model.simple_test(None, metas, img_inputs=inputs)
         kept = model.memory
         torch.manual_seed(step)
         explicit, memory = model.predict(inputs, metas, memory)
@@ -167,7 +211,7 @@ def test_passing_the_memory_on_equals_the_models_own_state(model):
 
 
 def test_predict_leaves_the_models_memory_alone(model):
-    model.simple_test(*reversed(tiny.frame(0)))
+    simple_test(model, 0)
     memory = model.memory
     before = memory.clone()
     model.predict(*tiny.frame(1), memory)
@@ -181,7 +225,7 @@ def test_predict_leaves_the_models_memory_alone(model):
 def test_the_memory_matters_and_resetting_forgets_it(model):
     first = run(model).memory
     assert not torch.allclose(run(model, 1, first).semantic_logits, run(model, 1).semantic_logits)
-    model.simple_test(*reversed(tiny.frame(0)))
+    simple_test(model, 0)
     model.reset_memory()
     assert model.memory is None
 
@@ -208,12 +252,12 @@ def test_metas_stay_as_they_are_and_serve_twice(model):
 
 
 def test_another_batch_size_is_refused_until_reset(model):
-    model.simple_test(*reversed(tiny.frame(0)))
+    simple_test(model, 0)
     inputs, metas = tiny.frame(1, batch=1)
     with pytest.raises(ValueError, match=r"memory holds 2 batch slots, but the batch has 1 samples.*reset_memory\(\)"):
-        model.simple_test(metas, inputs)
+        model.simple_test(None, metas, img_inputs=inputs)
     model.reset_memory()
-    model.simple_test(metas, inputs)
+    model.simple_test(None, metas, img_inputs=inputs)
 
 
 def test_a_sequence_that_the_memory_does_not_follow_is_refused(model):
