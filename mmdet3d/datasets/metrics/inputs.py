@@ -8,6 +8,10 @@ from torch import Tensor
 
 Array = np.ndarray | Tensor
 
+CHUNK = 32768
+"""Rays or voxels counted at once on a CPU: PyTorch does such work in one thread. Starting threads for each of the many
+small steps takes far longer than the steps themselves where the CPUs are busy, as in training."""
+
 
 def as_labels(name: str, labels: Array, size_xyz: Sequence[int], num_classes: int, device: torch.device) -> Tensor:
     """``labels`` as uint8 tensor on ``device``.

@@ -13,7 +13,7 @@ from mmdet3d.structures import VoxelGrid
 
 from .coverage import Coverage
 from .hit_cache import HitCache
-from .inputs import Array, as_flow, as_labels, as_origins
+from .inputs import CHUNK, Array, as_flow, as_labels, as_origins
 from .ray_scores import scores
 from .rays import LABEL_GRID, lidar_rays
 
@@ -22,10 +22,6 @@ THRESHOLDS = (1.0, 2.0, 4.0)
 
 FLOW_THRESHOLD = 2.0
 """The one of THRESHOLDS whose true positives the flow error is averaged over."""
-
-CPU_RAYS = 32768
-"""Rays counted at once on a CPU: PyTorch does such work in one thread. Starting threads for each of the many small
-steps takes far longer than the steps themselves where the CPUs are busy, as in training."""
 
 
 @dataclasses.dataclass
@@ -211,7 +207,7 @@ class RayMetric:
         _, moving = self._constants_on(gt.device)
         counts = RayCounts.zeros(self.labels.num_classes)
         rays = voxel.shape[1]
-        size = min(rays, CPU_RAYS) if voxel.device.type == "cpu" else rays
+        size = min(rays, CHUNK) if voxel.device.type == "cpu" else rays
         for first in range(0, rays, max(size, 1)):
             part = slice(first, first + size)
             pred_voxel, gt_voxel = voxel[0, part], voxel[1, part]

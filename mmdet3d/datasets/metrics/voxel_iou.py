@@ -9,7 +9,28 @@ import torch
 from mmdet3d.datasets.labels import LabelSet, label_set
 
 from .coverage import Coverage
-from .inputs import Array
+from .inputs import CHUNK, Array
+
+
+def _in_a_byte(labels: torch.Tensor) -> torch.Tensor:
+    """Flat uint8 labels; those that do not fit become 255, which is in no class table."""
+    if labels.dtype != torch.uint8:
+        labels = labels.long()
+        labels = labels.where((labels >= 0) & (labels < 255), 255).to(torch.uint8)
+    return labels.flatten()
+
+
+def _pairs(true: torch.Tensor, predicted: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
+    """(256, 256) int64 how often each true label (row) meets each predicted one where ``mask`` is not zero."""
+    table = np.zeros((256, 256), np.int64)
+    size = max(1, CHUNK if true.device.type == "cpu" else len(true))
+    for first in range(0, len(true), size):
+        part = slice(first, first + size)
+        codes = true[part].int() * 256 + predicted[part]
+        if mask is not None:
+            codes = codes[mask.flatten()[part] != 0]
+        table += torch.bincount(codes, minlength=table.size).cpu().numpy().reshape(table.shape)
+    return table
 
 
 class VoxelMIoU:
@@ -42,28 +63,21 @@ class VoxelMIoU:
             TypeError: labels are no integers.
         """
         self.coverage.refuse_seen(token)
-        classes = self.labels.num_classes
         first = torch.as_tensor(pred)
         second = torch.as_tensor(gt, device=first.device)
+        third = None if mask is None else torch.as_tensor(mask, device=first.device)
         for name, tensor in (("pred", first), ("gt", second)):
             if tensor.is_floating_point() or tensor.is_complex():
                 raise TypeError(f"{name} must hold integer labels, got {tensor.dtype}")
-        where = second.long() if mask is None else second.long().masked_fill(
-            self._same_shape("mask", torch.as_tensor(mask, device=first.device), second) == 0, classes)
-        keep = (where >= 0) & (where < classes)
-        wrong = self._same_shape("pred", first, second)[keep].long()
-        if wrong.numel() and not 0 <= int(wrong.min()) <= int(wrong.max()) < classes:
-            found = int(wrong.max()) if int(wrong.max()) >= classes else int(wrong.min())
-            raise ValueError(f"pred holds label {found}; the class table has labels 0 to {classes - 1}")
-        pairs = torch.bincount(where[keep] * classes + wrong, minlength=classes * classes)
+        for name, tensor in (("pred", first), ("mask", third)):
+            if tensor is not None and tensor.shape != second.shape:
+                raise ValueError(f"{name} must have the shape of gt, {tuple(second.shape)}, got {tuple(tensor.shape)}")
+        table = _pairs(_in_a_byte(second), _in_a_byte(first), third)[: self.labels.num_classes]
+        if (unknown := np.flatnonzero(table[:, self.labels.num_classes:].sum(0))).size:
+            raise ValueError(f"pred holds label {unknown[0] + self.labels.num_classes}; the class table has labels 0 "
+                             f"to {self.labels.num_classes - 1}")
         self.coverage.claim(token)
-        self.confusion += pairs.cpu().numpy().reshape(classes, classes)
-
-    @staticmethod
-    def _same_shape(name: str, tensor: torch.Tensor, gt: torch.Tensor) -> torch.Tensor:
-        if tensor.shape != gt.shape:
-            raise ValueError(f"{name} must have the shape of gt, {tuple(gt.shape)}, got {tuple(tensor.shape)}")
-        return tensor
+        self.confusion += table[:, : self.labels.num_classes]
 
     def merge(self, other: "VoxelMIoU") -> None:
         """Add what ``other`` has counted.
