@@ -4,9 +4,10 @@ import functools
 
 import numpy as np
 
+from mmdet3d.datasets.labels import POINT_CLOUD_RANGE
 from mmdet3d.structures import VoxelGrid
 
-LABEL_GRID = VoxelGrid(low=(-40.0, -40.0, -1.0), high=(40.0, 40.0, 5.4), cell=(0.4, 0.4, 0.4))
+LABEL_GRID = VoxelGrid(low=POINT_CLOUD_RANGE[:3], high=POINT_CLOUD_RANGE[3:], cell=(0.4, 0.4, 0.4))
 """Grid of the Occ3D-nuScenes and OpenOcc labels in the ego frame."""
 
 _LAST_PITCH = 0.21
