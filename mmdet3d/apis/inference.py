@@ -16,6 +16,7 @@ from torch import nn
 from mmdet3d.datasets.infos import adjacent_offsets, load_infos
 from mmdet3d.datasets.labels import LabelSet, label_set, label_set_for
 from mmdet3d.datasets.pipelines.format import Frame, FrameSource
+from mmdet3d.utils.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
     Args:
         config: Config file, or a loaded config, which stays as it is.
         checkpoint: File with the weights. Without one the weights are random, and ``model.random_weights`` is True.
-        device: Where the model goes. Default: a CUDA device if there is one, else the CPU.
+        device: Where the model goes. Default: a CUDA device if there is one, else the CPU; there the process keeps
+            freed memory from then on, see :func:`keep_freed_memory`.
         seed: Of the random weights. The global random state stays as it was.
         allow_unsafe: Read a checkpoint that could run code when it is read.
 
@@ -131,6 +133,8 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
     from mmdet3d.utils.checkpoint import load_checkpoint
 
     device = choose_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     cfg = load_config(config)
     if "model" not in cfg:
         raise ValueError(f"config {cfg.filename or ''}: the key 'model' is missing")

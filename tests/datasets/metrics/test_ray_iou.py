@@ -120,7 +120,11 @@ def test_cuda_counts_equal_those_of_the_cpu():
     for seed in range(6):
         for metric in metrics:
             metric.add(str(seed), *small_case(seed))
-    assert_same_counts(metrics[0].counts, metrics[1].counts)
+    cpu, cuda = (metric.counts for metric in metrics)
+    # sums of float64 in another order; all else is counted
+    np.testing.assert_allclose(cuda.flow_error, cpu.flow_error, rtol=1e-12)
+    cuda.flow_error = cpu.flow_error
+    assert_same_counts(cpu, cuda)
 
 
 def test_ground_truth_against_itself_is_perfect():
