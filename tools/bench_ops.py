@@ -10,7 +10,6 @@ and, for work shorter than its launches, those.
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -112,10 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in facts.items()), f"dtype {args.dtype}", sep=", ")
     rows = run(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds)
     if args.json:
-        from mmdet3d.utils.files import atomic_write
+        from mmdet3d.utils.files import write_json
 
-        with atomic_write(args.json) as file:
-            file.write((json.dumps({"machine": facts, "dtype": args.dtype, "cases": rows}, indent=2) + "\n").encode())
+        write_json(args.json, {"machine": facts, "dtype": args.dtype, "cases": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Exit code: 0 without problems, 1 with problems, 2 if the info file cannot be use
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report, total, interrupted = run(args)
         tell(report, total, time.perf_counter() - start, args)
         if args.json:
-            from mmdet3d.utils.files import atomic_write
+            from mmdet3d.utils.files import write_json
 
             summary = {
                 "infos": args.pkl, "dataset_name": args.dataset, "skipped": args.skip, "samples": report.samples,
@@ -108,15 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "counts": {kind: len(problems) for kind, problems in report.by_kind().items()},
                 "problems": [asdict(problem) for problem in report.problems],
             }
-            with atomic_write(args.json) as file:
-                file.write((json.dumps(summary, indent=2) + "\n").encode())
+            write_json(args.json, summary)
             print(f"\nall problems: {args.json}")
     except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
         if args.debug:
             raise
-        known = isinstance(error, (ValueError, OSError))
-        text = " ".join(str(error).split()) or "no message"
-        print(f"error: {text if known else f'{type(error).__name__}: {text}'} (--debug shows where)", file=sys.stderr)
+        from mmdet3d.utils.command import error_line
+
+        print(error_line(error), file=sys.stderr)
         return 2
     if interrupted:
         print("interrupted")

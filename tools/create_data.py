@@ -16,7 +16,6 @@ Exit code: 0 if all is well, 1 if files are missing (with --skip-missing: if no 
 """
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -138,10 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = run(args)
         report(summary)
         if args.json:
-            from mmdet3d.utils.files import atomic_write
+            from mmdet3d.utils.files import write_json
 
-            with atomic_write(args.json) as file:
-                file.write((json.dumps(summary, indent=2) + "\n").encode())
+            write_json(args.json, summary)
             print(f"summary: {args.json}")
     except KeyboardInterrupt:
         print("interrupted; info files appear whole or not at all", file=sys.stderr)
@@ -149,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
         if args.debug:
             raise
-        known = isinstance(error, (ValueError, OSError))
-        text = " ".join(str(error).split()) or "no message"
-        print(f"error: {text if known else f'{type(error).__name__}: {text}'} (--debug shows where)", file=sys.stderr)
+        from mmdet3d.utils.command import error_line
+
+        print(error_line(error), file=sys.stderr)
         return 2
     return 0 if any(part["file"] for part in summary["splits"].values()) else 1
 

@@ -13,7 +13,6 @@ Exit code: 0 if all is well, 1 if samples had problems (they are listed), 2 afte
 
 import argparse
 import collections
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -114,17 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = run(args)
         report(summary)
         if args.json:
-            from mmdet3d.utils.files import atomic_write
+            from mmdet3d.utils.files import write_json
 
-            with atomic_write(args.json) as file:
-                file.write((json.dumps(summary, indent=2) + "\n").encode())
+            write_json(args.json, summary)
             print(f"summary: {args.json}")
     except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
         if args.debug:
             raise
-        known = isinstance(error, (ValueError, OSError))
-        text = " ".join(str(error).split()) or "no message"
-        print(f"error: {text if known else f'{type(error).__name__}: {text}'} (--debug shows where)", file=sys.stderr)
+        from mmdet3d.utils.command import error_line
+
+        print(error_line(error), file=sys.stderr)
         return 2
     if summary["interrupted"]:
         return 130

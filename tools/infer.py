@@ -9,7 +9,6 @@ and <out>/<scene>/<token>.png, and at the end <out>/summary.json.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -119,11 +118,10 @@ def run(args: argparse.Namespace) -> dict:
 
 def finish(summary: dict, out: Path) -> None:
     """Write the summary and say what was done."""
-    from mmdet3d.utils.files import atomic_write
+    from mmdet3d.utils.files import write_json
 
     path = out / "summary.json"
-    with atomic_write(path) as file:
-        file.write((json.dumps(summary, indent=2) + "\n").encode())
+    write_json(path, summary)
     first, *later = [record["seconds"] for record in summary["frames"]]
     text = f"{1 + len(later)} frame{'s' if later else ''} on {summary['device']}, time in the model: {first:.2f} s"
     say(text + (f" for the first, then {sum(later) / len(later):.2f} s each" if later else ""))
@@ -143,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
         if args.debug:
             raise
-        text = " ".join(str(error).split()) or "no message"
-        known = isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("mmdet3d")
-        print(f"error: {text if known else f'{type(error).__name__}: {text}'} (--debug shows where)", file=sys.stderr)
+        from mmdet3d.utils.command import error_line
+
+        print(error_line(error), file=sys.stderr)
         return 2
     return 0
 

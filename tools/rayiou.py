@@ -8,7 +8,6 @@ OpenOcc, flow in m/s. Labels are <gt>/<scene>/<token>/labels.npz. docs/metrics.m
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -145,19 +144,18 @@ def without_nan(value):
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = parse_args(argv)
-    from mmdet3d.utils.files import atomic_write
+    from mmdet3d.utils.files import write_json
 
     try:
         summary = run(args)
         if args.json:
-            with atomic_write(args.json) as file:
-                file.write((json.dumps(without_nan(summary), indent=2, allow_nan=False) + "\n").encode())
+            write_json(args.json, without_nan(summary), allow_nan=False)
     except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
         if args.debug:
             raise
-        known = isinstance(error, (ValueError, OSError))
-        text = " ".join(str(error).split()) or "no message"
-        print(f"error: {text if known else f'{type(error).__name__}: {text}'} (--debug shows where)", file=sys.stderr)
+        from mmdet3d.utils.command import error_line
+
+        print(error_line(error), file=sys.stderr)
         return 2
     report(summary)
     return 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,6 +40,16 @@ def atomic_write(path: str | os.PathLike, sync: bool = False) -> Iterator[Binary
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Any, allow_nan: bool = True) -> None:
+    """Write ``content`` as indented JSON, whole or not at all.
+
+    Raises:
+        ValueError: ``content`` holds NaN or infinity, which JSON does not know, and ``allow_nan`` is False.
+    """
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2, allow_nan=allow_nan) + "\n").encode())
 
 
 def prediction_path(folder: str | os.PathLike, scene: str, token: str) -> Path:

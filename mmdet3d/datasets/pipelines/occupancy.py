@@ -7,22 +7,17 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from mmdet3d.datasets.converters.label_files import label_folder
 from mmdet3d.datasets.converters.multiscale_gt import downsample_scales
 from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL, OCC3D, OPENOCC, LabelSet
 from mmdet3d.datasets.pipelines.compose import require, sample_error
 from mmdet3d.registry import PIPELINES
 
-OPENOCC_FOLDER = "openocc_v2"
-"""Folder of the OpenOcc labels, beside the folder ``gts`` of the Occ3D labels."""
-
 
 def openocc_path(occ_path: str) -> str:
-    """Folder of the OpenOcc label of a sample: ``occ_path`` with its last component ``gts`` replaced."""
-    parts = list(PurePosixPath(str(occ_path).replace("\\", "/")).parts)
-    if "gts" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("gts")] = OPENOCC_FOLDER
-    return str(PurePosixPath(*parts))
+    """Folder of the OpenOcc label of a sample, see :func:`label_folder`, without a leading ``./``."""
+    return str(PurePosixPath(label_folder(occ_path, "openocc")))
 
 
 def coarsen_mask(mask: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
