@@ -141,6 +141,11 @@ class TrainSequenceSampler(_SlottedSampler):
         """Batches of one process that hold about as many frames as the data set; iteration does not end there."""
         return max(self.num_frames // self.slots, 1)
 
+    @property
+    def batches_given(self) -> int:
+        """Batches handed out so far, those before a restored position included."""
+        return self._given
+
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: there are no epochs. Runners call it."""
 
