@@ -126,6 +126,17 @@ class TemporalMemory:
         """The same memory with histories and augmentation on another device; the small host-side entries stay."""
         return replace(self, histories=tuple(h.to(device) for h in self.histories), bda=self.bda.to(device))
 
+    def narrow(self, count: int) -> TemporalMemory:
+        """Views of the first ``count`` batch slots: for a batch from which the last sequences have disappeared.
+
+        Raises:
+            ValueError: ``count`` is not in 1..B.
+        """
+        if not 1 <= count <= self.batch_size:
+            raise ValueError(f"cannot take {count} of {self.batch_size} batch slots")
+        tensors = {name: getattr(self, name)[:count] for name in ("bda", "sequence_ids", "ego_translation")}
+        return replace(self, histories=tuple(h[:count] for h in self.histories), **tensors)
+
     def clone(self) -> TemporalMemory:
         """A copy that shares no storage."""
         tensors = {name: getattr(self, name).clone() for name in ("bda", "sequence_ids", "ego_translation")}

@@ -111,3 +111,15 @@ def test_moving_keeps_the_small_entries_on_the_host(memory):
     assert {h.device.type for h in moved.histories} == {moved.bda.device.type} == {"meta"}
     assert {moved.sequence_ids.device.type, moved.ego_translation.device.type} == {"cpu"}
     assert memory.histories[0].device.type == "cpu" and moved.sizes == SIZES
+
+
+def test_narrowing_keeps_the_first_slots(memory):
+    first = memory.narrow(1)
+    assert first.batch_size == 1 and first.sizes == memory.sizes and first.channels == memory.channels
+    for short, whole in zip((*first.histories, first.bda, first.sequence_ids, first.ego_translation),
+                            (*memory.histories, memory.bda, memory.sequence_ids, memory.ego_translation), strict=True):
+        assert torch.equal(short, whole[:1])
+    assert same(memory.narrow(memory.batch_size), memory)
+    for count in (0, memory.batch_size + 1):
+        with pytest.raises(ValueError, match=f"cannot take {count} of {memory.batch_size} batch slots"):
+            memory.narrow(count)

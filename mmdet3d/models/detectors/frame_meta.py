@@ -26,6 +26,7 @@ class FrameMeta:
         ego_translation: [B, 3] float64 on the CPU: position in the global frame, metres.
         yaw: [B] float64 on the CPU: heading in radians.
         image_from_ego: [B, N, 4, 4] float32 ego to augmented pixels times depth.
+        noise_seeds: [B] int32 seeds of the flow head's noise in evaluation; None where samples bring no ``noise_seed``.
     """
 
     sequence_ids: tuple[int, ...]
@@ -34,6 +35,7 @@ class FrameMeta:
     ego_translation: Tensor
     yaw: Tensor
     image_from_ego: Tensor
+    noise_seeds: Tensor | None = None
 
     @classmethod
     @full_precision
@@ -67,7 +69,16 @@ class FrameMeta:
             previous_ego_from_ego=_stack(img_metas, "curr_to_prev_ego_rt", [(4, 4)]).to(device),
             ego_translation=can_bus[:, :3],
             yaw=can_bus[:, -2],
-            image_from_ego=image_from_lidar @ lidar_from_ego)  # [B, N, 4, 4] @ [B, 1, 4, 4]
+            image_from_ego=image_from_lidar @ lidar_from_ego,  # [B, N, 4, 4] @ [B, 1, 4, 4]
+            noise_seeds=_noise_seeds(img_metas, device))
+
+
+def _noise_seeds(img_metas: Sequence[Mapping], device: torch.device) -> Tensor | None:
+    """[B] int32 ``noise_seed`` of the samples, None if one has none."""
+    if any(meta.get("noise_seed") is None for meta in img_metas):
+        return None
+    seeds = torch.tensor([int(meta["noise_seed"]) for meta in img_metas], dtype=torch.int32)
+    return seeds.to(device, non_blocking=True)
 
 
 def _stack(img_metas: Sequence[Mapping], key: str, shapes: Sequence[tuple[int, ...]],

@@ -185,7 +185,7 @@ class STCOcc(BaseDetector):
             stage_logits.append(stage)
             coarser = volume
         semantic_logits = self.occupancy_head(volume, logits)
-        flow = None if self.flow_head is None else self.flow_head(volume, semantic_logits)
+        flow = None if self.flow_head is None else self.flow_head(volume, semantic_logits, meta.noise_seeds)
         return Prediction(semantic_logits, flow, tuple(reversed(stage_logits)), volume,
                           self._remember(histories[::-1], meta, bda))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmdet3d.models.backbones.resnet3d import BasicBlock3D
 from mmdet3d.models.heads.occupancy_head import full_resolution_features
+from mmdet3d.models.heads.seeded_noise import gumbel_noise
 from mmdet3d.registry import HEADS
 
 
@@ -18,7 +19,8 @@ class OccFlowHead(BaseModule):
     """Velocity (vx, vy) in m/s along the grid's x and y axes.
 
     The class guidance is a Gumbel softmax of the occupancy logits, in evaluation too, as the published models do: the
-    flow is random unless torch's generator is seeded.
+    flow is random unless torch's generator is seeded. In evaluation each sample may bring a seed of its own; its noise
+    then depends on nothing else.
 
     Args:
         num_classes: Classes K.
@@ -45,14 +47,27 @@ class OccFlowHead(BaseModule):
         moving[list(foreground_idx)] = True
         self.register_buffer("moving_classes", moving, persistent=False)
 
-    def forward(self, volume: Tensor, semantic_logits: Tensor) -> Tensor:
-        """[B, C, Z, Y, X] and logits [B, 2 X, 2 Y, 2 Z, K] -> flow [B, 2 X, 2 Y, 2 Z, 2]."""
-        if self.training or self.gumbel_in_eval:
-            classes = nn.functional.gumbel_softmax(semantic_logits, tau=1, hard=False, dim=-1)
-        else:
-            classes = semantic_logits.softmax(-1)
+    def forward(self, volume: Tensor, semantic_logits: Tensor, noise_seeds: Tensor | None = None) -> Tensor:
+        """[B, C, Z, Y, X] and logits [B, 2 X, 2 Y, 2 Z, K] -> flow [B, 2 X, 2 Y, 2 Z, 2].
+
+        Args:
+            volume: Fused volume of the finest stage.
+            semantic_logits: Output of the occupancy head.
+            noise_seeds: [B] int32 on the same device: seeds of the noise in evaluation, see
+                :mod:`mmdet3d.models.heads.seeded_noise`. Default, and in training: torch's generator.
+        """
+        classes = self._class_guidance(semantic_logits, noise_seeds)
         features = full_resolution_features(self.voxel_conv(volume))
         return self.predicter(torch.cat([features, self.semantic_guidance(classes)], -1))
+
+    def _class_guidance(self, logits: Tensor, noise_seeds: Tensor | None) -> Tensor:
+        """[B, 2 X, 2 Y, 2 Z, K] class probabilities, with noise where it is wanted."""
+        if not (self.training or self.gumbel_in_eval):
+            return logits.softmax(-1)
+        if self.training or noise_seeds is None:
+            return nn.functional.gumbel_softmax(logits, tau=1, hard=False, dim=-1)
+        noise = gumbel_noise(noise_seeds, logits.shape[1:])
+        return (logits + noise.to(logits.dtype)).softmax(-1)
 
     def foreground(self, semantics: Tensor) -> Tensor:
         """Whether each voxel's class [...] (integer) is one that moves."""

@@ -90,3 +90,11 @@ def test_negative_sequence_numbers_are_refused(metas):
     metas[0]["sequence_group_idx"] = -1
     with pytest.raises(ValueError, match=r"img_metas\[0\]: sequence_group_idx must not be negative, got -1"):
         FrameMeta.from_metas(metas, CPU)
+
+
+def test_noise_seeds_need_one_of_every_sample(metas):
+    assert FrameMeta.from_metas(metas, CPU).noise_seeds is None
+    seeded = [{**meta, "noise_seed": seed} for meta, seed in zip(metas, (-2**31, 7), strict=True)]
+    seeds = FrameMeta.from_metas(seeded, CPU).noise_seeds
+    assert seeds.dtype == torch.int32 and seeds.tolist() == [-2**31, 7]
+    assert FrameMeta.from_metas([seeded[0], metas[1]], CPU).noise_seeds is None
