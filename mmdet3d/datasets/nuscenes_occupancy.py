@@ -12,6 +12,7 @@ from mmdet3d.datasets.infos import adjacent_offsets, load_infos, sample_record, 
 from mmdet3d.datasets.labels import label_set
 from mmdet3d.datasets.pipelines.annotations import Box3DMode, LiDARBoxes
 from mmdet3d.datasets.pipelines.compose import Compose
+from mmdet3d.datasets.pipelines.occupancy import ground_truth_step
 from mmdet3d.registry import DATASETS
 
 EVAL_METRICS = ("rayiou", "miou")
@@ -44,6 +45,8 @@ class NuScenesOccupancyDataset(Dataset):
         load_interval: Keep every ``load_interval``-th record.
         dataset_name: Label set, "openocc" or "occ3d".
         eval_metric: Metric of the evaluation, "rayiou" or "miou".
+        label_options: Options of the step that loads the labels of :meth:`ground_truth`, such as
+            ``dict(coarsen=(5, 5, 2))`` for a model with a coarser grid than the label files.
         eval_show: Draw samples while evaluating.
         work_dir: Where evaluation results go.
 
@@ -65,8 +68,8 @@ class NuScenesOccupancyDataset(Dataset):
                  stereo: bool = True, img_info_prototype: str = "bevdet4d",
                  multi_adj_frame_id_cfg: Sequence[int] = (1, 2, 1), use_sequence_group_flag: bool = True,
                  sequences_split_num: int | str = 1, use_valid_flag: bool = False, load_interval: int = 1,
-                 dataset_name: str = "openocc", eval_metric: str = "rayiou", eval_show: bool = False,
-                 work_dir: str | None = None) -> None:
+                 dataset_name: str = "openocc", eval_metric: str = "rayiou", label_options: Mapping | None = None,
+                 eval_show: bool = False, work_dir: str | None = None) -> None:
         _check_choice("box_type_3d", box_type_3d, ("LiDAR",))
         _check_choice("img_info_prototype", img_info_prototype, ("bevdet4d",))
         _check_choice("eval_metric", eval_metric, EVAL_METRICS)
@@ -84,6 +87,7 @@ class NuScenesOccupancyDataset(Dataset):
         self.labels = label_set(dataset_name)
         self.dataset_name, self.eval_metric = dataset_name, eval_metric
         self.eval_show, self.work_dir = eval_show, work_dir
+        self._labels = ground_truth_step(self.labels, label_options)
         self.offsets = adjacent_offsets(multi_adj_frame_id_cfg, stereo)
         self.pipeline = Compose(pipeline)
         self.rng: np.random.RandomState | None = None
@@ -122,6 +126,24 @@ class NuScenesOccupancyDataset(Dataset):
         for field in ("img", "bbox3d", "pts_mask", "pts_seg", "bbox", "mask", "seg"):
             results[f"{field}_fields"] = []
         return results
+
+    def ground_truth(self, index: int) -> dict[str, np.ndarray | None]:
+        """What a prediction of the sample at ``index`` is compared with; nothing is augmented.
+
+        Returns:
+            ``semantics`` (X, Y, Z) labels, in the integer type of the file; ``flow`` (X, Y, Z, 2) in m/s, None for
+            Occ3D; ``mask_camera`` (X, Y, Z) uint8, 1 where cameras see, None for OpenOcc.
+
+        Raises:
+            IndexError: there is no such sample.
+            mmdet3d.datasets.infos.DataError: the label file is missing or damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample index {index} is not in 0..{len(self) - 1}")
+        info = self.data_infos[int(index)]
+        found = self._labels({"sample_idx": info["token"], "occ_gt_path": info["occ_path"], "info_file": self.ann_file})
+        return {"semantics": found["voxel_semantics"], "flow": found.get("voxel_flows"),
+                "mask_camera": found.get("mask_camera")}
 
     def seed(self, seed: int) -> None:
         """Give this copy of the data set a generator of its own, with the draws of a global one seeded so.

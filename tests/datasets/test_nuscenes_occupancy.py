@@ -16,6 +16,7 @@ from mmdet3d.datasets.builder import build_pipeline
 from mmdet3d.datasets.infos import DataError, load_infos, sequence_flags
 from mmdet3d.datasets.nuscenes_occupancy import NuScenesOccupancyDataset
 from mmdet3d.datasets.pipelines.images import PrepareImageInputs
+from mmdet3d.datasets.pipelines.occupancy import LoadOccGTFromFileOpenOcc
 from mmdet3d.registry import DATASETS, ConfigError
 
 CONFIGS = sorted(data_world.CONFIG_FOLDER.glob("*.py"))
@@ -229,6 +230,34 @@ def test_published_configs_build(info_file, path):
             with pytest.raises(ConfigError, match=r"pipeline\[0\]: .* takes no \['misspelt'\]"):
                 build_pipeline([{**step, "misspelt": 1}])
     assert config.data.to_dict() == before
+
+
+def test_ground_truth_is_what_the_files_hold(info_file):
+    sizes = {"grid_size": data_world.GRID}
+    folders = [info_file.parent / tree / "scene-0/scene-0-1" for tree in ("gts", "openocc_v2")]
+    occ3d, openocc = (dict(np.load(folder / "labels.npz")) for folder in folders)
+    found = NuScenesOccupancyDataset(info_file, [], dataset_name="occ3d", label_options=sizes).ground_truth(1)
+    np.testing.assert_array_equal(found["semantics"], occ3d["semantics"])
+    np.testing.assert_array_equal(found["mask_camera"], occ3d["mask_camera"])
+    assert found["flow"] is None
+    found = NuScenesOccupancyDataset(info_file, [], label_options=sizes).ground_truth(1)
+    np.testing.assert_array_equal(found["semantics"], openocc["semantics"])
+    np.testing.assert_array_equal(found["flow"], openocc["flow"])
+    assert found["mask_camera"] is None
+
+
+def test_ground_truth_of_a_coarser_grid_is_that_of_the_pipeline(info_file):
+    options = {"grid_size": data_world.GRID, "coarsen": (2, 3, 4)}
+    dataset = NuScenesOccupancyDataset(info_file, [LoadOccGTFromFileOpenOcc(**options)], label_options=options)
+    found, sample = dataset.ground_truth(3), dataset[3]
+    assert found["semantics"].shape == (8, 8, 2) and found["flow"].shape == (8, 8, 2, 2)
+    np.testing.assert_array_equal(found["semantics"], sample["voxel_semantics"])
+    np.testing.assert_array_equal(found["flow"], sample["voxel_flows"])
+    with pytest.raises(IndexError, match=r"sample index 7 is not in 0\.\.6"):
+        dataset.ground_truth(7)
+    with pytest.raises(ConfigError, match="coarse"):
+        build_dataset({"type": "NuScenesDatasetOccpancy", "ann_file": str(info_file), "pipeline": [],
+                       "label_options": {"coarse": 2}})
 
 
 @pytest.mark.parametrize("split", [1, 2])

@@ -9,6 +9,7 @@ votes of all remaining cells are counted by one ``bincount`` per scale. The cell
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,10 +23,26 @@ FREE_SHARE = 0.95
 """A block is free space if more than this share of its voxels is."""
 
 
-def downsample_labels(labels: np.ndarray, factor: int, free_index: int) -> np.ndarray:
+Factor = int | Sequence[int]
+"""Side of a block in voxels: one number, or one for each of x, y and z."""
+
+
+def block_shape(factor: Factor) -> tuple[int, int, int]:
+    """(x, y, z) voxels of a block.
+
+    Raises:
+        ValueError: ``factor`` is not one or three positive whole numbers.
+    """
+    sides = (factor,) * 3 if isinstance(factor, int | np.integer) else tuple(factor)
+    if len(sides) != 3 or any(not isinstance(side, int | np.integer) or side < 1 for side in sides):
+        raise ValueError(f"factor {factor!r}: expected one or three positive whole numbers")
+    return tuple(int(side) for side in sides)
+
+
+def downsample_labels(labels: np.ndarray, factor: Factor, free_index: int) -> np.ndarray:
     """Label grid at ``1 / factor`` of the resolution.
 
-    For every block of ``factor``³ voxels:
+    For every block of ``factor``³ voxels, or of x times y times z voxels if ``factor`` is three numbers:
 
     1. If more than 95 % of them are ``free_index``, the block is free.
     2. Otherwise it gets the most frequent label in [0, ``free_index`` - 1], the smallest one of several equally
@@ -35,7 +52,7 @@ def downsample_labels(labels: np.ndarray, factor: int, free_index: int) -> np.nd
 
     Args:
         labels: [X, Y, Z] of any integer dtype.
-        factor: Block side in voxels; must divide X, Y and Z.
+        factor: Block side in voxels, or (x, y, z) sides; must divide X, Y and Z.
         free_index: Label of free space, 1..254.
 
     Returns:
@@ -48,15 +65,16 @@ def downsample_labels(labels: np.ndarray, factor: int, free_index: int) -> np.nd
     return downsample_scales(labels, (factor,), free_index)[0]
 
 
-def downsample_scales(labels: np.ndarray, factors: Sequence[int], free_index: int) -> list[np.ndarray]:
+def downsample_scales(labels: np.ndarray, factors: Sequence[Factor], free_index: int) -> list[np.ndarray]:
     """What :func:`downsample_labels` gives for each of ``factors``, faster together than one by one."""
     if not 1 <= free_index <= 254:
         raise ValueError(f"free_index: expected 1..254, got {free_index}")
     _settle_allocator()
-    grid = _as_bytes(labels, factors)
-    even = all(factor % 2 == 0 for factor in factors)
+    blocks = [block_shape(factor) for factor in factors]
+    grid = _as_bytes(labels, blocks)
+    even = all(side % 2 == 0 for block in blocks for side in block)
     cells = _cells_of_eight(grid, free_index) if even else _cells_of_one(grid, free_index)
-    return [_vote(cells, factor, free_index) for factor in factors]
+    return [_vote(cells, block, free_index) for block in blocks]
 
 
 @functools.cache
@@ -69,16 +87,17 @@ def _settle_allocator() -> None:
     np.empty(1 << 23, np.uint8)
 
 
-def _as_bytes(labels: np.ndarray, factors: Sequence[int]) -> np.ndarray:
+def _as_bytes(labels: np.ndarray, blocks: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """The grid as contiguous uint8; what does not fit has no vote anyway and becomes 255."""
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu":
         raise TypeError(f"labels: expected whole numbers, got {labels.dtype}")
     if labels.ndim != 3 or 0 in labels.shape:
         raise ValueError(f"labels: expected a grid [X, Y, Z], got shape {labels.shape}")
-    for factor in factors:
-        if factor < 1 or any(size % factor for size in labels.shape):
-            raise ValueError(f"factor {factor} does not divide the grid {labels.shape}")
+    for block in blocks:
+        if any(size % side for size, side in zip(labels.shape, block, strict=True)):
+            name = block[0] if len(set(block)) == 1 else block
+            raise ValueError(f"factor {name} does not divide the grid {labels.shape}")
     if labels.dtype != np.uint8:
         inside = (labels >= 0) & (labels <= 255)
         labels = np.where(inside, labels.astype(np.uint8), np.uint8(IGNORE_LABEL))
@@ -169,16 +188,16 @@ def _cells_of_eight(grid: np.ndarray, free: int) -> _Cells:
     return _Cells(grid.shape, 2, index, labels, free)
 
 
-def _vote(cells: _Cells, factor: int, free: int) -> np.ndarray:
-    """Count the votes of all blocks of ``factor``³ voxels; ``factor`` is a multiple of the cell side."""
-    shape = tuple(size // factor for size in cells.shape)
-    x, y, z = (coordinate // (factor // cells.side) for coordinate in cells.position)
+def _vote(cells: _Cells, sides: tuple[int, int, int], free: int) -> np.ndarray:
+    """Count the votes of all blocks of ``sides`` voxels, which are multiples of the cell side."""
+    shape = tuple(size // side for size, side in zip(cells.shape, sides, strict=True))
+    x, y, z = (coordinate // (side // cells.side) for coordinate, side in zip(cells.position, sides, strict=True))
     block = (x * shape[1] + y) * shape[2] + z  # (M,)
     out = np.full(shape[0] * shape[1] * shape[2], free, np.uint8)
-    if factor == cells.side:
+    if sides == (cells.side,) * 3:
         out[block] = cells.winner
         return out.reshape(shape)
-    size = factor**3
+    size = math.prod(sides)
     filled = np.bincount(block, weights=cells.filled, minlength=len(out))
     counted = np.flatnonzero(size - filled <= FREE_SHARE * size)
     row = np.full(len(out), len(counted))  # votes in free blocks go to one row more, which is not read

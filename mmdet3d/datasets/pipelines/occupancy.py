@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mmdet3d.datasets.converters.label_files import label_folder
-from mmdet3d.datasets.converters.multiscale_gt import downsample_scales
+from mmdet3d.datasets.converters.multiscale_gt import block_shape, downsample_labels, downsample_scales
 from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL, OCC3D, OPENOCC, LabelSet
 from mmdet3d.datasets.pipelines.compose import require, sample_error
@@ -29,15 +29,44 @@ def coarsen_mask(mask: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray
     Args:
         mask: (X, Y, Z), not zero where a voxel is observed.
         labels: (X, Y, Z) labels.
-        coarse_labels: (X / n, Y / n, Z / n) labels.
+        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
 
     Returns:
-        (X / n, Y / n, Z / n) uint8, 0 or 1.
+        (X / a, Y / b, Z / c) uint8, 0 or 1.
     """
-    blocks = [size for coarse, fine in zip(coarse_labels.shape, labels.shape, strict=True)
-              for size in (coarse, fine // coarse)]
+    blocks = _blocks(labels.shape, coarse_labels.shape)
     seen = (labels.reshape(blocks) == coarse_labels[:, None, :, None, :, None]) & (mask.reshape(blocks) != 0)
     return seen.any(axis=(1, 3, 5)).astype(np.uint8)
+
+
+def coarsen_flow(flow: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
+    """Flow of a coarser grid: the mean over those fine voxels of a block that have the label of the coarse voxel.
+
+    The value 255, which stands for "unknown", does not enter the mean; where nothing else is there, it stays. A coarse
+    voxel whose label none of its fine voxels has gets 0.
+
+    Args:
+        flow: (X, Y, Z, 2) velocity along x and y in m/s.
+        labels: (X, Y, Z) labels.
+        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
+
+    Returns:
+        (X / a, Y / b, Z / c, 2) in the type of ``flow``, float32 for whole numbers.
+    """
+    blocks = _blocks(labels.shape, coarse_labels.shape)
+    same = (labels.reshape(blocks) == coarse_labels[:, None, :, None, :, None])[..., None]
+    values = flow.reshape(*blocks, 2)
+    known = same & (values != IGNORE_LABEL)
+    inside = (1, 3, 5)
+    count = known.sum(axis=inside)
+    mean = np.where(known, values, 0).sum(axis=inside, dtype=np.float64) / np.maximum(count, 1)
+    mean = np.where((count == 0) & same.any(axis=inside), IGNORE_LABEL, mean)
+    return mean.astype(flow.dtype if flow.dtype.kind == "f" else np.float32)
+
+
+def _blocks(fine: Sequence[int], coarse: Sequence[int]) -> list[int]:
+    """Shape that gives every block of a fine grid axes of its own: (X / a, a, Y / b, b, Z / c, c)."""
+    return [size for n, whole in zip(coarse, fine, strict=True) for size in (n, whole // n)]
 
 
 class OccupancyLoader:
@@ -51,21 +80,34 @@ class OccupancyLoader:
         scale_1_4: Those at a quarter.
         scale_1_8: Those at an eighth.
         compute_scales: Compute the coarser labels instead of reading files; the result is identical.
-        grid_size: Voxels (X, Y, Z) that the labels must have.
+        grid_size: Voxels (X, Y, Z) that the labels in the files must have.
+        coarsen: For models with a coarser grid than the files: blocks of so many voxels along x, y and z become one
+            voxel, by the rule of :func:`~mmdet3d.datasets.converters.multiscale_gt.downsample_labels`; a scale n then
+            has blocks n times as large, counted in the files' voxels. Needs ``compute_scales`` for further scales, of
+            which there are no files. Flow follows :func:`coarsen_flow`, masks follow :func:`coarsen_mask`.
 
     Raises:
-        ValueError: ``grid_size`` is not three numbers that the scales divide.
+        ValueError: ``grid_size`` is not three numbers that the scales and ``coarsen`` divide, or scales of a coarsened
+            grid are to be read from files.
     """
 
     labels: LabelSet
 
     def __init__(self, scale_1_2: bool = False, scale_1_4: bool = False, scale_1_8: bool = False, *,
-                 compute_scales: bool = False, grid_size: Sequence[int] = GRID_SIZE) -> None:
+                 compute_scales: bool = False, grid_size: Sequence[int] = GRID_SIZE,
+                 coarsen: int | Sequence[int] = 1) -> None:
         self.factors = tuple(n for n, wanted in ((2, scale_1_2), (4, scale_1_4), (8, scale_1_8)) if wanted)
         self.compute_scales = compute_scales
         self.grid_size = tuple(grid_size)
-        if len(self.grid_size) != 3 or any(n < 1 or n % f for n in self.grid_size for f in (1, *self.factors)):
-            raise ValueError(f"grid_size: expected three numbers that {self.factors or 1} divide, got {grid_size!r}")
+        self.coarsen = block_shape(coarsen)
+        if len(self.grid_size) != 3 or any(n < 1 or n % (f * c) for f in (1, *self.factors)
+                                           for n, c in zip(self.grid_size, self.coarsen, strict=True)):
+            blocks = "" if self.coarsen == (1, 1, 1) else f" times coarsen {self.coarsen}"
+            raise ValueError(f"grid_size: expected three numbers that {self.factors or 1}{blocks} divide, got "
+                             f"{grid_size!r}")
+        if self.coarsen != (1, 1, 1) and self.factors and not compute_scales:
+            raise ValueError(f"coarsen={coarsen!r}: there are no files with coarser scales of that grid; set "
+                             "compute_scales=True")
 
     def folder(self, occ_path: str) -> str:
         """Where the labels of a sample are, for the ``occ_path`` of its record."""
@@ -78,18 +120,37 @@ class OccupancyLoader:
             DataError: a file is missing or damaged, lacks an array, has another shape, or holds unknown labels.
         """
         require(self, results, "occ_gt_path")
-        self.add_arrays(results)
-        fine = results["voxel_semantics"]
-        if self.compute_scales:
-            coarse = downsample_scales(fine, self.factors, self.labels.free_index) if self.factors else []
-        else:
-            coarse = [self.read_semantics(results, f"labels_1_{n}.npz", n)["semantics"] for n in self.factors]
-        results.update({f"voxel_semantics_1_{n}": grid for n, grid in zip(self.factors, coarse, strict=True)})
+        arrays = self.read_labels(results)
+        scales = self._scales(results, arrays["semantics"])
+        results.update({f"voxel_semantics{suffix}": grid for suffix, grid in scales.items()})
+        self.add_others(results, arrays, scales)
         return results
 
-    def add_arrays(self, results: dict) -> None:
-        """Add what ``labels.npz`` holds to ``results``."""
-        results["voxel_semantics"] = self.read_semantics(results, "labels.npz", 1)["semantics"]
+    def read_labels(self, results: Mapping) -> dict[str, np.ndarray]:
+        """What is needed of ``labels.npz``, at the resolution of the file."""
+        return self.read_semantics(results, "labels.npz", 1)
+
+    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
+        """Add what belongs to the labels.
+
+        Args:
+            results: Where to add it.
+            arrays: What :meth:`read_labels` gave.
+            scales: Labels of every scale by the suffix of its keys, the finest under "".
+        """
+
+    def _scales(self, results: Mapping, fine: np.ndarray) -> dict[str, np.ndarray]:
+        """Labels of every scale by the suffix of its keys."""
+        suffixes = [f"_1_{n}" for n in self.factors]
+        if not self.compute_scales:
+            coarse = [self.read_semantics(results, f"labels{suffix}.npz", n)["semantics"]
+                      for n, suffix in zip(self.factors, suffixes, strict=True)]
+        else:
+            blocks = [tuple(n * side for side in self.coarsen) for n in self.factors]
+            coarse = downsample_scales(fine, blocks, self.labels.free_index) if blocks else []
+        if self.coarsen != (1, 1, 1):
+            fine = downsample_labels(fine, self.coarsen, self.labels.free_index)
+        return {"": fine, **dict(zip(suffixes, coarse, strict=True))}
 
     def read_semantics(self, results: Mapping, name: str, factor: int, *others: str) -> dict[str, np.ndarray]:
         """``semantics``, checked, and ``others`` of the file ``name`` of a sample."""
@@ -140,14 +201,20 @@ class LoadOccGTFromFileOpenOcc(OccupancyLoader):
         """The folder of the OpenOcc labels."""
         return openocc_path(occ_path)
 
-    def add_arrays(self, results: dict) -> None:
-        """Add labels and flow."""
+    def read_labels(self, results: Mapping) -> dict[str, np.ndarray]:
+        """Labels and flow."""
         arrays = self.read_semantics(results, "labels.npz", 1, "flow")
         flow = arrays["flow"]
         if flow.shape != (*self.grid_size, 2) or flow.dtype.kind not in "fiu":
             raise sample_error(self, results, f"labels.npz: flow: expected numbers of shape "
                                               f"{(*self.grid_size, 2)}, found {flow.dtype} of shape {flow.shape}")
-        results["voxel_semantics"], results["voxel_flows"] = arrays["semantics"], flow
+        return arrays
+
+    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
+        """Add the flow of the finest scale."""
+        flow = arrays["flow"]
+        results["voxel_flows"] = flow if self.coarsen == (1, 1, 1) else coarsen_flow(flow, arrays["semantics"],
+                                                                                     scales[""])
 
 
 @PIPELINES.register_module()
@@ -155,11 +222,12 @@ class LoadOccGTFromFileCVPR2023(OccupancyLoader):
     """Pipeline step: Occ3D labels. Arguments, result and errors are those of :class:`OccupancyLoader`, and:
 
     Args:
-        scale_1_2: See :class:`OccupancyLoader`, as for the next four.
+        scale_1_2: See :class:`OccupancyLoader`, as for the next five.
         scale_1_4: ...
         scale_1_8: ...
         compute_scales: ...
         grid_size: ...
+        coarsen: ...
         camera_mask: Add ``mask_camera`` and, per scale, ``mask_camera_1_n`` by the rule of :func:`coarsen_mask`:
             uint8, 1 where the cameras observe a voxel.
         ignore_unobserved: Training with the camera mask: set the labels of voxels that the cameras do not observe to
@@ -169,40 +237,47 @@ class LoadOccGTFromFileCVPR2023(OccupancyLoader):
     labels = OCC3D
 
     def __init__(self, scale_1_2: bool = False, scale_1_4: bool = False, scale_1_8: bool = False, *,
-                 compute_scales: bool = False, grid_size: Sequence[int] = GRID_SIZE, camera_mask: bool = False,
+                 compute_scales: bool = False, grid_size: Sequence[int] = GRID_SIZE,
+                 coarsen: int | Sequence[int] = 1, camera_mask: bool = False,
                  ignore_unobserved: bool = False) -> None:
-        super().__init__(scale_1_2, scale_1_4, scale_1_8, compute_scales=compute_scales, grid_size=grid_size)
+        super().__init__(scale_1_2, scale_1_4, scale_1_8, compute_scales=compute_scales, grid_size=grid_size,
+                         coarsen=coarsen)
         self.camera_mask, self.ignore_unobserved = camera_mask, ignore_unobserved
 
-    def __call__(self, results: dict) -> dict:
-        """Add labels and masks; see :meth:`OccupancyLoader.__call__`."""
-        results = super().__call__(results)
+    def read_labels(self, results: Mapping) -> dict[str, np.ndarray]:
+        """Labels and, where wanted, the camera mask."""
         if not (self.camera_mask or self.ignore_unobserved):
-            return results
-        masks = self._masks(results)
-        if self.camera_mask:
-            results.update({f"mask_camera{suffix}": mask for suffix, mask in masks.items()})
-        if self.ignore_unobserved:
-            results.update({f"voxel_semantics{suffix}": np.where(mask, results[f"voxel_semantics{suffix}"],
-                                                                 np.uint8(IGNORE_LABEL))
-                            for suffix, mask in masks.items()})
-        return results
-
-    def add_arrays(self, results: dict) -> None:
-        """Add labels and, where wanted, the mask, for the time being under the key ``mask_camera``."""
-        if not (self.camera_mask or self.ignore_unobserved):
-            return super().add_arrays(results)
+            return super().read_labels(results)
         arrays = self.read_semantics(results, "labels.npz", 1, "mask_camera")
         if arrays["mask_camera"].shape != self.grid_size:
             raise sample_error(self, results, f"labels.npz: mask_camera: expected shape {self.grid_size}, found "
                                               f"{arrays['mask_camera'].shape}")
-        results["voxel_semantics"], results["mask_camera"] = arrays["semantics"], arrays["mask_camera"]
-        return None
+        return arrays
 
-    def _masks(self, results: dict) -> dict[str, np.ndarray]:
-        """The mask of every scale by the suffix of its keys."""
-        mask, labels = results.pop("mask_camera"), results["voxel_semantics"]
-        masks = {"": (mask != 0).astype(np.uint8)}
-        for n in self.factors:
-            masks[f"_1_{n}"] = coarsen_mask(mask, labels, results[f"voxel_semantics_1_{n}"])
-        return masks
+    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
+        """Add the masks, or ignore what they leave out."""
+        if "mask_camera" not in arrays:
+            return
+        fine, mask = arrays["semantics"], arrays["mask_camera"]
+        for suffix, grid in scales.items():
+            same_size = grid.shape == fine.shape
+            seen = (mask != 0).astype(np.uint8) if same_size else coarsen_mask(mask, fine, grid)
+            if self.camera_mask:
+                results[f"mask_camera{suffix}"] = seen
+            if self.ignore_unobserved:
+                results[f"voxel_semantics{suffix}"] = np.where(seen, grid, np.uint8(IGNORE_LABEL))
+
+
+def ground_truth_step(labels: LabelSet, options: Mapping | None = None) -> OccupancyLoader:
+    """The loading step that gives evaluation what it compares with: labels, and flow or camera mask.
+
+    Args:
+        labels: Label set.
+        options: Options of the step, such as ``dict(coarsen=(5, 5, 2))``.
+
+    Raises:
+        TypeError: the step has no such option. ValueError: its value does not fit.
+    """
+    kind = {OPENOCC.name: LoadOccGTFromFileOpenOcc, OCC3D.name: LoadOccGTFromFileCVPR2023}[labels.name]
+    always = {"camera_mask": True} if labels is OCC3D else {}
+    return kind(**{**always, **(options or {})})

@@ -122,11 +122,32 @@ def test_other_memory_orders():
     np.testing.assert_array_equal(downsample_labels(grid[::-1], 4, 17), expected[::-1])
 
 
+@pytest.mark.parametrize("factor", [(5, 5, 2), (2, 4, 8), (1, 3, 2)])
+def test_blocks_with_sides_of_their_own(factor):
+    grid = random_grid((30, 60, 16), 17, 0.08, 3, classes=[2, 5, 9], ignored=0.02)
+    grid[:15] = 17
+    expected = np.empty([size // side for size, side in zip(grid.shape, factor, strict=True)], np.uint8)
+    for place in np.ndindex(*expected.shape):
+        block = grid[tuple(slice(p * side, p * side + side) for p, side in zip(place, factor, strict=True))]
+        votes = np.bincount(block[block < 17], minlength=17)
+        winner = votes.argmax() if votes.any() else 255
+        expected[place] = 17 if (block == 17).sum() > 0.95 * block.size else winner
+    double = tuple(2 * side for side in factor)
+    if any(size % side for size, side in zip(grid.shape, double, strict=True)):
+        double = factor
+    first, second = downsample_scales(grid, (factor, double), 17)
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(second, downsample_labels(grid, double, 17))
+    assert len(np.unique(expected)) > 2
+
+
 @pytest.mark.parametrize("labels, factor, free, message", [
     (np.zeros((4, 4, 4)), 2, 17, "whole numbers, got float64"),
     (np.zeros((4, 4), np.uint8), 2, 17, r"\[X, Y, Z\], got shape \(4, 4\)"),
     (np.zeros((4, 6, 4), np.uint8), 4, 17, r"factor 4 does not divide the grid \(4, 6, 4\)"),
     (np.zeros((4, 4, 4), np.uint8), 0, 17, "factor 0"),
+    (np.zeros((4, 4, 4), np.uint8), (2, 2), 17, r"factor \(2, 2\): expected one or three positive"),
+    (np.zeros((4, 6, 4), np.uint8), (2, 4, 2), 17, r"factor \(2, 4, 2\) does not divide the grid \(4, 6, 4\)"),
     (np.zeros((4, 4, 4), np.uint8), 2, 255, "free_index: expected 1..254, got 255"),
 ])
 def test_refusals(labels, factor, free, message):

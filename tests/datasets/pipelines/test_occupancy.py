@@ -9,6 +9,7 @@ from mmdet3d.datasets.infos import DataError
 from mmdet3d.datasets.pipelines.occupancy import (
     LoadOccGTFromFileCVPR2023,
     LoadOccGTFromFileOpenOcc,
+    coarsen_flow,
     coarsen_mask,
     openocc_path,
 )
@@ -101,6 +102,62 @@ def test_a_coarse_voxel_is_observed_where_its_label_was_seen():
         mask = np.zeros((2, 2, 2), np.uint8)
         mask[position] = 1
         assert coarsen_mask(mask, labels, np.array([[[5]]], np.uint8)).item() == observed
+
+
+def flow_by_loop(flow, labels, coarse, sides):
+    result = np.zeros((*coarse.shape, 2), np.float32)
+    for place in np.ndindex(*coarse.shape):
+        block = tuple(slice(p * side, (p + 1) * side) for p, side in zip(place, sides, strict=True))
+        values = flow[block][labels[block] == coarse[place]]
+        for channel in range(2 if len(values) else 0):
+            known = values[values[:, channel] != 255, channel]
+            result[place][channel] = known.astype(np.float64).mean() if len(known) else 255
+    return result
+
+
+@pytest.mark.parametrize("loader, tree, free", BOTH)
+def test_a_coarser_grid_than_that_of_the_files(tmp_path, loader, tree, free):
+    arrays = data_world.write_labels(tmp_path / tree / "scene/t3", 2, free)
+    options = {"camera_mask": True} if tree == "gts" else {}
+    step = loader(scale_1_2=True, grid_size=GRID, coarsen=(4, 3, 2), compute_scales=True, **options)
+    results = step(sample(tmp_path))
+    semantics = results["voxel_semantics"]
+    assert semantics.shape == (4, 8, 4) and results["voxel_semantics_1_2"].shape == (2, 4, 2)
+    np.testing.assert_array_equal(semantics, downsample_labels(arrays["semantics"], (4, 3, 2), free))
+    np.testing.assert_array_equal(results["voxel_semantics_1_2"],
+                                  downsample_labels(arrays["semantics"], (8, 6, 4), free))
+    if tree == "gts":
+        for key in ("", "_1_2"):
+            mask, grid = results[f"mask_camera{key}"], results[f"voxel_semantics{key}"]
+            np.testing.assert_array_equal(mask, coarsen_mask(arrays["mask_camera"], arrays["semantics"], grid))
+            assert 0 < mask.sum() <= mask.size
+    else:
+        np.testing.assert_allclose(results["voxel_flows"],
+                                   flow_by_loop(arrays["flow"], arrays["semantics"], semantics, (4, 3, 2)), rtol=1e-6)
+        assert results["voxel_flows"].dtype == np.float32
+    alone = loader(grid_size=GRID, coarsen=(4, 3, 2))(sample(tmp_path))
+    np.testing.assert_array_equal(alone["voxel_semantics"], semantics)
+
+
+def test_flow_of_a_coarser_grid():
+    labels = np.array([0, 0, 16, 3, 255, 255, 0, 0], np.uint8).reshape(8, 1, 1)
+    flow = np.array([2, 4, 9, 9, 9, 9, 255, 255], np.float16).reshape(8, 1, 1, 1).repeat(2, axis=-1)
+    flow[1, ..., 1] = 255  # one component unknown
+    coarse = np.array([0, 3, 255, 0], np.uint8).reshape(4, 1, 1)
+    result = coarsen_flow(flow, labels, coarse).reshape(4, 2)
+    assert result.tolist() == [[3, 2], [9, 9], [9, 9], [255, 255]] and result.dtype == np.float16
+    assert coarsen_flow(flow, labels, np.full((4, 1, 1), 7)).max() == 0
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"coarsen": (5, 3, 2)}, r"that 1 times coarsen \(5, 3, 2\) divide"),
+    ({"coarsen": 2, "scale_1_8": True, "compute_scales": True}, "grid_size: expected three numbers"),
+    ({"coarsen": 2, "scale_1_2": True}, "coarsen=2: there are no files .* set compute_scales=True"),
+    ({"coarsen": (2, 2)}, "one or three positive whole numbers"),
+])
+def test_what_coarsen_cannot_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoadOccGTFromFileOpenOcc(grid_size=GRID, **options)
 
 
 def test_official_label(shared, tmp_path):
