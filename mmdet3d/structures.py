@@ -95,7 +95,7 @@ class TemporalMemory:
             ``(z * Y + y) * X + x``) the fused features of T frames, newest first. Float32, no gradient.
         sizes: (Z, Y, X) of each stage.
         channels: C.
-        bda: [B, 4, 4] BEV augmentation of the newest frame.
+        bda: [B, 4, 4] BEV augmentation of the newest frame, on the CPU.
         sequence_ids: [B] int64 sequence that each batch slot follows, on the CPU.
         ego_translation: [B, 3] float64 position of the ego vehicle in the global frame at the newest frame, metres, on
             the CPU.
@@ -123,8 +123,8 @@ class TemporalMemory:
         return self.history_volume(stage)[:, : self.channels]
 
     def to(self, device: torch.device | str) -> TemporalMemory:
-        """The same memory with histories and augmentation on another device; the small host-side entries stay."""
-        return replace(self, histories=tuple(h.to(device) for h in self.histories), bda=self.bda.to(device))
+        """The same memory with its histories on another device; the small host-side entries stay."""
+        return replace(self, histories=tuple(h.to(device) for h in self.histories))
 
     def narrow(self, count: int) -> TemporalMemory:
         """Views of the first ``count`` batch slots: for a batch from which the last sequences have disappeared.
@@ -155,5 +155,6 @@ class TemporalMemory:
         """
         if set(state) != set(cls.__dataclass_fields__):
             raise ValueError(f"temporal memory needs {sorted(cls.__dataclass_fields__)}, got {sorted(state)}")
-        return cls(**{**state, "histories": tuple(state["histories"]),
+        host = {name: state[name].cpu() for name in ("bda", "sequence_ids", "ego_translation")}
+        return cls(**{**state, **host, "histories": tuple(state["histories"]),
                       "sizes": tuple(tuple(size) for size in state["sizes"])})

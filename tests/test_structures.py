@@ -108,8 +108,8 @@ def test_a_clone_shares_nothing(memory):
 
 def test_moving_keeps_the_small_entries_on_the_host(memory):
     moved = memory.to("meta")
-    assert {h.device.type for h in moved.histories} == {moved.bda.device.type} == {"meta"}
-    assert {moved.sequence_ids.device.type, moved.ego_translation.device.type} == {"cpu"}
+    assert {h.device.type for h in moved.histories} == {"meta"}
+    assert {t.device.type for t in (moved.bda, moved.sequence_ids, moved.ego_translation)} == {"cpu"}
     assert memory.histories[0].device.type == "cpu" and moved.sizes == SIZES
 
 

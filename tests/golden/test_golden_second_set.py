@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_cases import build, load_module
 
-from mmdet3d.models.detectors.frame_meta import FrameMeta
+from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.models.view_transforms import ForwardFeatures
 
 BATCH = 2
@@ -53,7 +53,8 @@ def test_image_branch(shared, device, generator, model, record_property):
     hooks = [projection.img_view_transformer.register_forward_hook(keep_view_transform),
              projection.img_view_transformer.depth_net.register_forward_hook(keep_depth_net)]
     with torch.no_grad():
-        features = projection([tensor.to(device) for tensor in inputs])
+        lifts = FramePlan.pack(projection.geometry(inputs), None, None, inputs[5]).to(device).lifts
+        features = projection(inputs[0].to(device), lifts)
     for hook in hooks:
         hook.remove()
     tensors = {f"{frame}/{name}": value for frame, values in seen.items() for name, value in values.items()}
@@ -74,7 +75,8 @@ def test_voxel_path_and_losses(shared, device, generator, model, monkeypatch, re
         volumes, context, depth = generator.voxel_inputs(step, BATCH)
         features = ForwardFeatures([v.to(device) for v in volumes], depth.to(device), context.to(device))
         with torch.no_grad():
-            prediction = model.cascade(features, FrameMeta.from_metas(metas, device), inputs[5].to(device), memory)
+            plan = model.plan_stages(metas, inputs[5], memory, device=features.depth.device).to(device)
+            prediction = model.cascade(features, plan, memory)
         memory = prediction.memory
         tensors = {"logits": prediction.semantic_logits, "flow": prediction.flow, "voxel_feats": prediction.volume}
         tensors |= {f"history{s}": memory.history_volume(s) for s in range(3)}

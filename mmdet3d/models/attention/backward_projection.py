@@ -87,8 +87,8 @@ class BEVFormerBackwardProjection(BaseModule):
                              f"{self.transformer.encoder.bev_size}")
 
     def forward(self, volume: Tensor, context: Tensor, depth: Tensor, coarse_logits: Tensor | None,
-                previous_volume: Tensor | None, previous_bda: Tensor | None, bda: Tensor, starts: Tensor,
-                displacement: Tensor, yaw: Tensor, image_from_ego: Tensor) -> tuple[Tensor, Tensor]:
+                previous_volume: Tensor | None, previous_flips: Tensor, bda: Tensor, starts: Tensor, shift: Tensor,
+                image_from_augmented: Tensor) -> tuple[Tensor, Tensor]:
         """Refine the bird's-eye view of a volume and predict its occupancy.
 
         Args:
@@ -97,12 +97,12 @@ class BEVFormerBackwardProjection(BaseModule):
             depth: [B, N, D, h, w] depth probability.
             coarse_logits: [B, X / 2, Y / 2, Z / 2, K] logits of the coarser stage, or None.
             previous_volume: [B, C, Z, Y, X] volume that this stage produced at the previous frame, or None.
-            previous_bda: [B, 4, 4] BEV augmentation of that frame, or None.
+            previous_flips: [B, 2] bool, whether the flip of the BEV augmentation along (x, y) changed since that frame;
+                only read without ``always_flip_previous``.
             bda: [B, 4, 4] BEV augmentation.
             starts: [B] bool, whether a sequence starts.
-            displacement: [B, 3] float64 ego motion since the previous frame in global axes, metres; 0 at starts.
-            yaw: [B] float64 heading in radians.
-            image_from_ego: [B, N, 4, 4] ego to augmented pixels times depth.
+            shift: [B, 2] displacement of the previous map, see :func:`ego_shift`.
+            image_from_augmented: [B, N, 4, 4] augmented ego to augmented pixels times depth.
 
         Returns:
             BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
@@ -110,33 +110,38 @@ class BEVFormerBackwardProjection(BaseModule):
         query = volume.mean(2).flatten(2).transpose(1, 2)
         previous = None
         if previous_volume is not None:
-            previous = self._previous_map(previous_volume, previous_bda, bda)
+            previous = self._previous_map(previous_volume, previous_flips)
             if not self.stale_previous_at_start:
                 previous = torch.where(starts[:, None, None], query.detach(), previous)
         query, logits = self.transformer(
             context, query=query, query_pos=self.positional_encoding(bda), depth=depth,
-            image_from_ego=self._image_from_augmented(image_from_ego, bda),
+            image_from_ego=image_from_augmented,
             coarse_logits=None if coarse_logits is None else upsample_logits(coarse_logits),
-            previous=previous, shift=self._shift(displacement, yaw, bda))
+            previous=previous, shift=shift)
         return query.transpose(1, 2).unflatten(2, self.bev_size), logits
 
-    @full_precision
-    def _image_from_augmented(self, image_from_ego: Tensor, bda: Tensor) -> Tensor:
-        """[B, N, 4, 4] augmented ego to augmented pixels times depth."""
-        return image_from_ego @ (torch.linalg.inv(bda) if self.invert_bda else bda)[:, None]
+    def displacement(self, moved: Tensor, yaw: Tensor, bda: Tensor) -> Tensor:
+        """[B, 2] ``shift`` of :meth:`forward`.
 
-    def _shift(self, displacement: Tensor, yaw: Tensor, bda: Tensor) -> Tensor:
-        """[B, 2] displacement of the previous map, see :func:`ego_shift`."""
-        shift = ego_shift(displacement, yaw, self.extent, legacy_axes=self.legacy_shift_axes).to(bda.device)
+        Args:
+            moved: [B, 3] float64 ego motion since the previous frame in global axes, metres; 0 at starts.
+            yaw: [B] float64 heading in radians.
+            bda: [B, 4, 4] BEV augmentation.
+        """
+        shift = ego_shift(moved, yaw, self.extent, legacy_axes=self.legacy_shift_axes)
         return shift if self.legacy_shift_axes else shift * bda[:, [0, 1], [0, 1]]
 
-    def _previous_map(self, volume: Tensor, previous_bda: Tensor, bda: Tensor) -> Tensor:
+    @full_precision
+    def image_from_augmented(self, image_from_ego: Tensor, bda: Tensor) -> Tensor:
+        """[B, N, 4, 4] ``image_from_augmented`` of :meth:`forward`, of that from the ego frame and the augmentation."""
+        return image_from_ego @ (torch.linalg.inv(bda) if self.invert_bda else bda)[:, None]
+
+    def _previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
         """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation."""
         bev = volume.mean(2)
         if self.always_flip_previous:
             bev = bev.flip(2, 3)
         else:
-            flip = (previous_bda * bda)[:, [0, 1], [0, 1]] < 0  # [B, (x, y)]
             bev = torch.where(flip[:, 0, None, None, None], bev.flip(3), bev)
             bev = torch.where(flip[:, 1, None, None, None], bev.flip(2), bev)
         return bev.flatten(2).transpose(1, 2)

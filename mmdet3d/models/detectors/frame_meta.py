@@ -17,14 +17,14 @@ CAN_BUS_LENGTH = 18
 
 @dataclass(frozen=True)
 class FrameMeta:
-    """What the model reads of ``img_metas``.
+    """What the model reads of ``img_metas``; all tensors are on the CPU.
 
     Attributes:
         sequence_ids: B sequence numbers.
         starts: Whether a sequence starts, per sample.
         previous_ego_from_ego: [B, 4, 4] float32 current to previous ego.
-        ego_translation: [B, 3] float64 on the CPU: position in the global frame, metres.
-        yaw: [B] float64 on the CPU: heading in radians.
+        ego_translation: [B, 3] float64 position in the global frame, metres.
+        yaw: [B] float64 heading in radians.
         image_from_ego: [B, N, 4, 4] float32 ego to augmented pixels times depth.
         noise_seeds: [B] int32 seeds of the flow head's noise in evaluation; None where samples bring no ``noise_seed``.
     """
@@ -39,12 +39,11 @@ class FrameMeta:
 
     @classmethod
     @full_precision
-    def from_metas(cls, img_metas: Sequence[Mapping], device: torch.device, num_cams: int | None = None) -> FrameMeta:
+    def from_metas(cls, img_metas: Sequence[Mapping], num_cams: int | None = None) -> FrameMeta:
         """Stack the meta data of a batch; the dicts stay as they are.
 
         Args:
             img_metas: One dict per sample, with at least the keys :data:`REQUIRED`.
-            device: Where the matrices go.
             num_cams: Cameras N; None takes any number that is the same for all samples.
 
         Raises:
@@ -61,24 +60,23 @@ class FrameMeta:
                                  f"got {meta['sequence_group_idx']}")
         can_bus = _stack(img_metas, "can_bus", [(CAN_BUS_LENGTH,)], torch.float64)
         num_cams = len(img_metas[0]["lidar2img"]) if num_cams is None else num_cams
-        image_from_lidar = _stack(img_metas, "lidar2img", [(num_cams, 4, 4)]).to(device)
-        lidar_from_ego = _stack(img_metas, "ego2lidar", [(1, 4, 4), (4, 4)]).to(device)
+        image_from_lidar = _stack(img_metas, "lidar2img", [(num_cams, 4, 4)])
+        lidar_from_ego = _stack(img_metas, "ego2lidar", [(1, 4, 4), (4, 4)])
         return cls(
             sequence_ids=tuple(int(meta["sequence_group_idx"]) for meta in img_metas),
             starts=tuple(bool(meta["start_of_sequence"]) for meta in img_metas),
-            previous_ego_from_ego=_stack(img_metas, "curr_to_prev_ego_rt", [(4, 4)]).to(device),
+            previous_ego_from_ego=_stack(img_metas, "curr_to_prev_ego_rt", [(4, 4)]),
             ego_translation=can_bus[:, :3],
             yaw=can_bus[:, -2],
             image_from_ego=image_from_lidar @ lidar_from_ego,  # [B, N, 4, 4] @ [B, 1, 4, 4]
-            noise_seeds=_noise_seeds(img_metas, device))
+            noise_seeds=_noise_seeds(img_metas))
 
 
-def _noise_seeds(img_metas: Sequence[Mapping], device: torch.device) -> Tensor | None:
+def _noise_seeds(img_metas: Sequence[Mapping]) -> Tensor | None:
     """[B] int32 ``noise_seed`` of the samples, None if one has none."""
     if any(meta.get("noise_seed") is None for meta in img_metas):
         return None
-    seeds = torch.tensor([int(meta["noise_seed"]) for meta in img_metas], dtype=torch.int32)
-    return seeds.to(device, non_blocking=True)
+    return torch.tensor([int(meta["noise_seed"]) for meta in img_metas], dtype=torch.int32)
 
 
 def _stack(img_metas: Sequence[Mapping], key: str, shapes: Sequence[tuple[int, ...]],

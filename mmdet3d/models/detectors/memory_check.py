@@ -56,7 +56,7 @@ def check_memory(memory: TemporalMemory | None, meta: FrameMeta, layout: MemoryL
             ("channels", memory.channels, layout.channels),
             ("histories [B, V, T * C]", [tuple(h.shape) for h in memory.histories], layout.history_shapes(batch)),
             ("augmentations", tuple(memory.bda.shape), (batch, 4, 4)),
-            ("tensors on device", sorted({str(t.device) for t in (*memory.histories, memory.bda)}), [str(device)])):
+            ("tensors on device", sorted({str(history.device) for history in memory.histories}), [str(device)])):
         if held != needed:
             raise ValueError(f"the memory holds {what} {held}, this model needs {needed}")
     for slot, (start, known, new) in enumerate(

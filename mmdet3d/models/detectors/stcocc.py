@@ -17,10 +17,12 @@ from mmdet3d.models.attention.occupancy_predictor import occupied_probability
 from mmdet3d.models.detectors.base import BaseDetector
 from mmdet3d.models.detectors.consistency import check_consistency
 from mmdet3d.models.detectors.frame_meta import FrameMeta
+from mmdet3d.models.detectors.frame_plan import FramePlan, matrices_on_host, stage_geometry
 from mmdet3d.models.detectors.memory_check import MemoryLayout, check_memory
 from mmdet3d.models.detectors.stage_configs import stage_configs
 from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
+from mmdet3d.models.view_transforms.geometry import LiftGeometry
 from mmdet3d.registry import DETECTORS, ConfigError, build
 from mmdet3d.structures import TemporalMemory
 from mmdet3d.utils.files import prediction_path, save_prediction
@@ -136,64 +138,92 @@ class STCOcc(BaseDetector):
 
         Args:
             img_inputs: Images [B, N * 3, 3, H, W] camera-major; sensor2ego, ego2global, intrinsics, post_aug
-                [B, 3 * N, 4, 4] frame-major; bda [B, 4, 4].
+                [B, 3 * N, 4, 4] frame-major; bda [B, 4, 4]. The matrices may stay on the CPU, where they are read.
             img_metas: B dicts, see :class:`FrameMeta`.
             memory: What the previous frame returned; None at first.
 
         Raises:
             ValueError: ``img_inputs`` or ``img_metas`` have the wrong shapes, or ``memory`` does not fit.
         """
+        plan = self.plan(img_inputs, img_metas, memory)
+        return self.compute(img_inputs[0], plan.to(img_inputs[0].device), memory)
+
+    def plan(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None
+             ) -> FramePlan:
+        """The host's part of a frame: checks, and all small-matrix work. Arguments and errors as :meth:`run`.
+
+        Returns:
+            The plan on the CPU, in pinned memory if the images are on a GPU.
+        """
         if len(img_inputs) != 6 or len(img_metas) != len(img_inputs[0]):
             raise ValueError("expected six img_inputs and one dict of img_metas per sample, got "
                              f"{len(img_inputs)} img_inputs{f' of {len(img_inputs[0])} samples' if img_inputs else ''} "
                              f"and {len(img_metas)} img_metas")
-        meta = FrameMeta.from_metas(img_metas, img_inputs[0].device, num_cams=self.forward_projection.num_cams)
-        features = self.forward_projection(tuple(img_inputs))
-        return self.cascade(features, meta, img_inputs[5], memory), features
+        matrices = matrices_on_host(img_inputs)
+        lifts = self.forward_projection.geometry((img_inputs[0], *matrices))
+        return self.plan_stages(img_metas, matrices[-1], memory, lifts, img_inputs[0].device)
 
-    def cascade(self, features: ForwardFeatures, meta: FrameMeta, bda: Tensor, memory: TemporalMemory | None
-                ) -> Prediction:
+    def plan_stages(self, img_metas: Sequence[Mapping], bda: Tensor, memory: TemporalMemory | None,
+                    lifts: Sequence[LiftGeometry] = (), device: torch.device | str = "cpu") -> FramePlan:
+        """The part of :meth:`plan` that :meth:`cascade` needs.
+
+        Args:
+            img_metas: B dicts, see :class:`FrameMeta`.
+            bda: [B, 4, 4] BEV augmentation on the CPU.
+            memory: What the previous frame returned; None at first.
+            lifts: Geometry of the lifted frames, to be packed with it.
+            device: Where the plan will go.
+
+        Raises:
+            ValueError: ``img_metas`` or ``memory`` do not fit, or a sequence goes on that the memory does not follow.
+        """
+        meta = FrameMeta.from_metas(img_metas, num_cams=self.forward_projection.num_cams)
+        check_memory(memory, meta, self._memory_layout(), device)
+        stages = stage_geometry(meta, bda, memory, self.backward_projection_list[0], self.temporal_fusion_list,
+                                self.grids)
+        return FramePlan.pack(lifts, stages, meta, bda, pinned=torch.device(device).type == "cuda")
+
+    def compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None
+                ) -> tuple[Prediction, ForwardFeatures]:
+        """The device's part of a frame. Arguments as :meth:`run`, and the plan on the device of the images."""
+        features = self.forward_projection(images, plan.lifts)
+        return self.cascade(features, plan, memory), features
+
+    def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None) -> Prediction:
         """Stages and heads, coarse to fine.
 
         Args:
             features: Volumes, depth [B * N, D, h, w] and context [B * N, C, h, w] of the coarse encoder.
-            meta: Meta data of the batch.
-            bda: [B, 4, 4] BEV augmentation.
-            memory: What the previous frame returned; None at first.
-
-        Raises:
-            ValueError: ``memory`` does not fit the model or the batch, or a sequence goes on that it does not follow.
+            plan: The frame's plan, on the device of the features.
+            memory: What the previous frame returned, as it was when the plan was made.
         """
-        check_memory(memory, meta, self._memory_layout(), bda.device)
-        batch = bda.shape[0]
+        geometry, batch = plan.stages, len(plan.bda)
         context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
-        displacement = _ego_displacement(memory, meta)
-        starts = torch.tensor(meta.starts, device=bda.device)
         logits, coarser, stage_logits, histories = None, None, [], []
         for s in reversed(range(self.num_stage)):
             volume = features.volumes[s] if coarser is None else features.volumes[s] + _upsample(coarser)
             previous = memory.newest_volume(s) if memory is not None else None
             bev, stage = self.backward_projection_list[s](
-                volume, context, depth, logits, previous, None if memory is None else memory.bda, bda, starts,
-                displacement, meta.yaw, meta.image_from_ego)
+                volume, context, depth, logits, previous, geometry.previous_flips, geometry.bda, geometry.start_mask,
+                geometry.shift, geometry.image_from_augmented)
             logits = stage.detach()
             occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
             volume = volume + bev[:, :, None] * occupied[:, None]
             if self.temporal_fusion_list:
-                volume, history = self._fuse(s, volume, logits, occupied, meta, bda, memory)
+                volume, history = self._fuse(s, volume, logits, occupied, plan, memory)
                 histories.append(history)
             stage_logits.append(stage)
             coarser = volume
         semantic_logits = self.occupancy_head(volume, logits)
-        flow = None if self.flow_head is None else self.flow_head(volume, semantic_logits, meta.noise_seeds)
+        flow = None if self.flow_head is None else self.flow_head(volume, semantic_logits, geometry.noise_seeds)
         return Prediction(semantic_logits, flow, tuple(reversed(stage_logits)), volume,
-                          self._remember(histories[::-1], meta, bda))
+                          self._remember(histories[::-1], plan))
 
-    def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, meta: FrameMeta, bda: Tensor,
+    def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, plan: FramePlan,
               memory: TemporalMemory | None) -> tuple[Tensor, Tensor]:
         return self.temporal_fusion_list[s](
-            volume, logits, occupied, None if memory is None else memory.histories[s], self.grids[s], meta.starts, bda,
-            None if memory is None else memory.bda, meta.previous_ego_from_ego, top_k=self.top_k[self.training][s])
+            volume, logits, occupied, None if memory is None else memory.histories[s], self.grids[s],
+            plan.meta.starts, plan.stages.index_matrices[s], top_k=self.top_k[self.training][s])
 
     def _memory_layout(self) -> MemoryLayout:
         fusions = self.temporal_fusion_list
@@ -201,13 +231,13 @@ class STCOcc(BaseDetector):
         return MemoryLayout(sizes, tuple(fusion.history_num for fusion in fusions),
                             fusions[0].channels if fusions else 0)
 
-    def _remember(self, histories: list[Tensor], meta: FrameMeta, bda: Tensor) -> TemporalMemory | None:
+    def _remember(self, histories: list[Tensor], plan: FramePlan) -> TemporalMemory | None:
         if not histories:
             return None
         return TemporalMemory(
             histories=tuple(histories), sizes=tuple(grid.size_zyx for grid in self.grids),
-            channels=self.temporal_fusion_list[0].channels, bda=bda.detach(),
-            sequence_ids=torch.tensor(meta.sequence_ids), ego_translation=meta.ego_translation)
+            channels=self.temporal_fusion_list[0].channels, bda=plan.bda,
+            sequence_ids=torch.tensor(plan.meta.sequence_ids), ego_translation=plan.meta.ego_translation)
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -318,7 +348,7 @@ class STCOcc(BaseDetector):
         """What ``to()``, ``cuda()`` and their like end in: the memory goes where the parameters go, in its dtype."""
         super()._apply(fn, recurse)
         if self.memory is not None:
-            self.memory = self.memory.to(fn(self.memory.bda.new_empty(0)).device)
+            self.memory = self.memory.to(fn(self.memory.histories[0].new_empty(0)).device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -329,11 +359,3 @@ class STCOcc(BaseDetector):
 def _upsample(volume: Tensor) -> Tensor:
     """Trilinear x2 of [B, C, Z, Y, X]."""
     return F.interpolate(volume, scale_factor=2, mode="trilinear", align_corners=False)
-
-
-def _ego_displacement(memory: TemporalMemory | None, meta: FrameMeta) -> Tensor:
-    """[B, 3] float64 global motion since the previous frame, 0 where a sequence starts or nothing is known."""
-    if memory is None:
-        return torch.zeros_like(meta.ego_translation)
-    moved = meta.ego_translation - memory.ego_translation
-    return torch.where(torch.tensor(meta.starts)[:, None], 0, moved)

@@ -48,8 +48,7 @@ class SparseFusion(BaseModule):
         self.history_fusion_bg_linear = _mlp(channels * (history_num // 2 + 1) + occ_embedims, channels)
 
     def forward(self, volume: Tensor, logits: Tensor, occupied: Tensor, history: Tensor | None, grid: VoxelGrid,
-                starts: Sequence[bool], bda: Tensor, previous_bda: Tensor | None, previous_ego_from_ego: Tensor,
-                top_k: int | None = None) -> tuple[Tensor, Tensor]:
+                starts: Sequence[bool], index_matrix: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
         """Fuse a volume with its history.
 
         Args:
@@ -59,9 +58,8 @@ class SparseFusion(BaseModule):
             history: [B, V, T * C] of the previous frame, see :class:`TemporalMemory`; None before the first frame.
             grid: Voxel grid of the stage.
             starts: Whether a sequence starts, for each of the B slots.
-            bda: [B, 4, 4] BEV augmentation.
-            previous_bda: [B, 4, 4] that of the previous frame; None before the first frame.
-            previous_ego_from_ego: [B, 4, 4] current to previous ego.
+            index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume, see
+                :func:`previous_index_from_index` and :meth:`index_matrix`.
             top_k: Number of foreground voxels, instead of the constructor's.
 
         Returns:
@@ -76,21 +74,33 @@ class SparseFusion(BaseModule):
             raise ValueError(f"top_k={top_k} exceeds the {grid.num_voxels} voxels of the stage")
         current = volume.flatten(2).transpose(1, 2)  # [B, V, C]
         embedding = self.occ_embedding(logits.permute(0, 3, 2, 1, 4).flatten(1, 3))
-        if history is None:
-            warp_bda = bda
-        else:
-            restart = torch.tensor(starts, device=bda.device)[:, None, None]
-            warp_bda = torch.where(restart, bda, previous_bda)
-        matrices = previous_index_from_index(grid, warp_bda, previous_ego_from_ego, bda, self.corner_origin)
         fused, histories = [], []
         for b, start in enumerate(starts):
             past = self._past(current[b], None if history is None else history[b], start)
-            sampled = self._sample(past, matrices[b], grid.size_zyx)
+            sampled = self._sample(past, index_matrix[b], grid.size_zyx)
             out = self._fuse(current[b], sampled, embedding[b], occupied[b].flatten(), top_k)
             fused.append(out)
             histories.append(torch.cat([out.detach().to(sampled.dtype), sampled.detach()[:, : -self.channels]], 1))
         output = torch.stack(fused).transpose(1, 2).unflatten(2, grid.size_zyx)
         return output, torch.stack(histories) if len(histories) > 1 else histories[0][None]
+
+    def index_matrix(self, grid: VoxelGrid, starts: Sequence[bool], bda: Tensor, previous_bda: Tensor | None,
+                     previous_ego_from_ego: Tensor) -> Tensor:
+        """[B, 4, 4] ``index_matrix`` of :meth:`forward`, on the device of the matrices (best the CPU).
+
+        Args:
+            grid: Voxel grid of the stage.
+            starts: Whether a sequence starts, for each of the B slots.
+            bda: [B, 4, 4] BEV augmentation.
+            previous_bda: [B, 4, 4] that of the previous frame; None before the first frame.
+            previous_ego_from_ego: [B, 4, 4] current to previous ego.
+        """
+        if previous_bda is None:
+            previous_bda = bda
+        else:  # a volume that starts a sequence is its own past
+            restart = torch.tensor(starts, device=bda.device)[:, None, None]
+            previous_bda = torch.where(restart, bda, previous_bda)
+        return previous_index_from_index(grid, previous_bda, previous_ego_from_ego, bda, self.corner_origin)
 
     @staticmethod
     def _past(current: Tensor, history: Tensor | None, start: bool) -> Tensor:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdet3d.models.view_transforms.geometry import CameraFrame, sweep_geometry
 from mmdet3d.ops import plane_sweep
+from mmdet3d.ops.plane_sweep import SweepGeometry
 
 #: The invalid test looks at the first channel of the last group of this many channels (see ``stereo_cost_volume``).
 CHANNEL_GROUP = 4
 
 
 @torch.no_grad()
-def stereo_cost_volume(current: Tensor, older: Tensor, camera: CameraFrame, depths: Tensor, *,
-                       image_size: tuple[int, int], invalid_penalty: float, one_channel_invalid_test: bool = True
-                       ) -> Tensor:
+def stereo_cost_volume(current: Tensor, older: Tensor, geometry: SweepGeometry, depths: Tensor, *,
+                       invalid_penalty: float, one_channel_invalid_test: bool = True) -> Tensor:
     """Probability of each depth by plane sweep: softmax over depth of the negated absolute feature difference.
 
     No gradient flows through the volume; the network that reads it is trained.
@@ -23,9 +22,8 @@ def stereo_cost_volume(current: Tensor, older: Tensor, camera: CameraFrame, dept
     Args:
         current: [M, C, H4, W4] stereo features of the frame, M = B * N.
         older: [M, C, H4, W4] those of the frame before.
-        camera: Cameras of the frame.
+        geometry: Cameras of the M entries, see :func:`sweep_geometry`.
         depths: [D] metres.
-        image_size: (H, W) of the network image.
         invalid_penalty: Added to the cost where the older image has no value.
         one_channel_invalid_test: "No value" is when one channel, C - 4, of the warped feature is exactly zero, as the
             released weights expect: this also fires where a feature after ReLU is zero. False: when the point lies
@@ -36,6 +34,5 @@ def stereo_cost_volume(current: Tensor, older: Tensor, camera: CameraFrame, dept
     """
     validity = ({"invalid_channel": current.shape[1] - CHANNEL_GROUP} if one_channel_invalid_test
                 else {"invalid_channel": None, "invalid_by_position": True})
-    cost = plane_sweep(current, older, sweep_geometry(camera, image_size), depths, invalid_penalty=invalid_penalty,
-                       **validity)
+    cost = plane_sweep(current, older, geometry, depths, invalid_penalty=invalid_penalty, **validity)
     return (-cost).softmax(1)

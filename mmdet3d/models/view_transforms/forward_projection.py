@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from mmdet3d.models.view_transforms.geometry import CameraFrame, split_frames
+from mmdet3d.models.view_transforms.geometry import LiftGeometry, split_frames
 from mmdet3d.registry import NECKS, build
+from mmdet3d.utils.precision import full_precision
 
 
 class ForwardFeatures(NamedTuple):
@@ -86,35 +87,47 @@ class BEVDetStereoForwardProjection(BaseModule):
         if adjust_channel is not None:
             self.adjust_channel_conv = nn.Conv2d(img_view_transformer["out_channels"], adjust_channel, 1)
 
-    def forward(self, img_inputs: tuple[Tensor, ...]) -> ForwardFeatures:
-        """Voxel features, depth and context of one sample per batch slot.
+    @torch.no_grad()
+    @full_precision
+    def geometry(self, img_inputs: Sequence[Tensor]) -> tuple[LiftGeometry, ...]:
+        """Geometry of the lifted frames, key frame first, on the device of the matrices (best the CPU).
 
         Args:
             img_inputs: The six tensors of a sample: images [B, N * F, 3, H, W] camera-major, sensor2ego, ego2global,
                 intrinsics and post_aug [B, F * N, 4, 4] frame-major, bda [B, 4, 4]; F = 3 frames, newest first.
+
+        Raises:
+            ValueError: the tensors do not fit, see :func:`split_frames`.
         """
-        images, cameras = split_frames(img_inputs, self.num_cams, self.num_frames,
-                                       self.img_view_transformer.input_size)
-        bda = img_inputs[5]
+        _, cameras = split_frames(tuple(img_inputs), self.num_cams, self.num_frames,
+                                  self.img_view_transformer.input_size)
+        lifted = cameras[: 2 if self.with_prev else 1]
+        vector_frames = (cameras[0], cameras[0 if self.legacy_adjacent_extrinsics else 1])
+        return tuple(self.img_view_transformer.geometry(camera, frame.key_ego_from_camera, img_inputs[5])
+                     for camera, frame in zip(lifted, vector_frames, strict=False))
+
+    def forward(self, images: Tensor, geometry: Sequence[LiftGeometry]) -> ForwardFeatures:
+        """Voxel features, depth and context of one sample per batch slot.
+
+        Args:
+            images: [B, N * F, 3, H, W] camera-major, F = 3 frames, newest first.
+            geometry: That of the lifted frames, see :meth:`geometry`, on the device of the images.
+        """
+        images = images.unflatten(1, (self.num_cams, self.num_frames)).unbind(2)
         with torch.no_grad():
             oldest_stereo = self.img_backbone.first_stage(images[2].flatten(0, 1)) if self.with_prev else None
             earlier = self.frame_features(images[1].flatten(0, 1))
-            earlier_volume = self._earlier_volume(earlier, oldest_stereo, cameras, bda) if self.with_prev else None
+            earlier_volume = None
+            if self.with_prev:
+                earlier_volume = self.img_view_transformer(earlier.neck, geometry[1], earlier.stereo, oldest_stereo)[0]
         key = self.frame_features(images[0].flatten(0, 1))
-        volume, depth, context = self.img_view_transformer(
-            key.neck, cameras[0], cameras[0].key_ego_from_camera, bda, key.stereo, earlier.stereo)
+        volume, depth, context = self.img_view_transformer(key.neck, geometry[0], key.stereo, earlier.stereo)
         if earlier_volume is None:
             earlier_volume = torch.zeros_like(volume)
         volumes = self.img_bev_encoder_backbone(torch.cat([earlier_volume, volume], 1))
         if hasattr(self, "adjust_channel_conv"):
             context = self.adjust_channel_conv(context)
         return ForwardFeatures(volumes, depth, context)
-
-    def _earlier_volume(self, earlier: _FrameFeatures, oldest_stereo: Tensor, cameras: list[CameraFrame], bda: Tensor
-                        ) -> Tensor:
-        vector_frame = cameras[0 if self.legacy_adjacent_extrinsics else 1]
-        return self.img_view_transformer(
-            earlier.neck, cameras[1], vector_frame.key_ego_from_camera, bda, earlier.stereo, oldest_stereo)[0]
 
     def frame_features(self, images: Tensor) -> _FrameFeatures:
         """Stereo feature (first backbone output) and neck feature of images [M, 3, H, W]."""

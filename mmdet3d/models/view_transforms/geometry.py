@@ -8,6 +8,7 @@ the homography of homogeneous pixels (u, v, 1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ class CameraFrame:
     older_camera_from_camera: Tensor | None
     intrinsics: Tensor
     post_aug: Tensor
+
+
+class LiftGeometry(NamedTuple):
+    """What lifting one frame needs of its cameras, float32.
+
+    Attributes:
+        camera_vector: [B, N, 27], see :func:`camera_vector`.
+        rays: [B, N, h, w, 3] direction of each pixel's ray in the augmented key-ego frame, for a depth of 1 m.
+        origins: [B, N, 3] camera centres in that frame, metres.
+        sweep: Cameras of the plane sweep to the frame before, B * N entries; None without stereo.
+    """
+
+    camera_vector: Tensor
+    rays: Tensor
+    origins: Tensor
+    sweep: SweepGeometry | None
 
 
 def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int,
@@ -124,28 +141,38 @@ def pixel_grid(image_size: tuple[int, int], feature_size: tuple[int, int], like:
     return torch.stack([u, v, torch.ones_like(u)], -1)
 
 
-def frustum_points(camera: CameraFrame, bda: Tensor, depths: Tensor, image_size: tuple[int, int],
-                   feature_size: tuple[int, int]) -> Tensor:
-    """Points of every pixel and depth in the augmented key-ego frame, metres.
+def frustum_rays(camera: CameraFrame, bda: Tensor, image_size: tuple[int, int], feature_size: tuple[int, int]
+                 ) -> tuple[Tensor, Tensor]:
+    """Rays of every pixel in the augmented key-ego frame.
 
     Args:
         camera: Cameras of the frame.
         bda: [B, 4, 4] BEV augmentation.
-        depths: [D] metres.
         image_size: (H, W) of the network image.
         feature_size: (h, w) of the feature map.
 
     Returns:
-        [B, N, D, h, w, 3] float32. A point is ``depth * ray + origin``, with rays and origins formed in float64.
+        Rays [B, N, h, w, 3] and origins [B, N, 3], formed in float64, rounded to float32.
     """
-    pixels = pixel_grid(image_size, feature_size, depths)  # [h, w, 3]
-    bda = bda.double()[:, None]
-    ego_from_camera = bda @ camera.key_ego_from_camera.double()  # [B, N, 4, 4]
+    pixels = pixel_grid(image_size, feature_size, bda)  # [h, w, 3]
+    ego_from_camera = bda.double()[:, None] @ camera.key_ego_from_camera.double()  # [B, N, 4, 4]
     camera_from_pixel = torch.linalg.inv(pixel_homography(camera.post_aug) @ _pinhole(camera.intrinsics))
     ego_from_pixel = ego_from_camera[..., :3, :3] @ camera_from_pixel  # [B, N, 3, 3]
-    rays = torch.einsum("bnij,hwj->bnhwi", ego_from_pixel, pixels).float()
-    origins = ego_from_camera[..., :3, 3].float()[:, :, None, None, None]
-    return rays[:, :, None] * depths.view(-1, 1, 1, 1) + origins
+    return torch.einsum("bnij,hwj->bnhwi", ego_from_pixel, pixels).float(), ego_from_camera[..., :3, 3].float()
+
+
+def frustum_points(rays: Tensor, origins: Tensor, depths: Tensor) -> Tensor:
+    """Points of every pixel and depth in the augmented key-ego frame, metres: ``depth * ray + origin``.
+
+    Args:
+        rays: [B, N, h, w, 3] of :func:`frustum_rays`.
+        origins: [B, N, 3].
+        depths: [D] metres.
+
+    Returns:
+        [B, N, D, h, w, 3] float32.
+    """
+    return rays[:, :, None] * depths.view(-1, 1, 1, 1) + origins[:, :, None, None, None]
 
 
 def _pinhole(intrinsics: Tensor) -> Tensor:

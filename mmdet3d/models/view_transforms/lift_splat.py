@@ -10,13 +10,26 @@ from torch import Tensor
 
 from mmdet3d.models.view_transforms.cost_volume import stereo_cost_volume
 from mmdet3d.models.view_transforms.depth_net import DEPTHNET_KEYS, DepthNet
-from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points
+from mmdet3d.models.view_transforms.geometry import (
+    CameraFrame,
+    LiftGeometry,
+    camera_vector,
+    frustum_points,
+    frustum_rays,
+    sweep_geometry,
+)
 from mmdet3d.ops import bev_pool_v2
 from mmdet3d.registry import NECKS, check_keys
 from mmdet3d.structures import VoxelGrid, depth_bins
 
 
-def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = True) -> Tensor:
+def grid_bounds(grid: VoxelGrid) -> Tensor:
+    """[3, 3] float32 lower bounds, voxel edges and voxel counts of a grid along (x, y, z)."""
+    return torch.tensor([grid.low, grid.cell, grid.size_xyz], dtype=torch.float32)
+
+
+def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = True, bounds: Tensor | None = None
+                ) -> Tensor:
     """Flat voxel index ``(z * Y + y) * X + x`` of each point [..., 3] (x, y, z in metres), int32, -1 outside.
 
     Args:
@@ -24,16 +37,14 @@ def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = Tr
         grid: The voxel grid.
         truncate_toward_zero: Voxel coordinates are truncated, so that points up to one voxel below the lower bounds
             fall into the border voxels, as the released weights expect. False: floor.
+        bounds: :func:`grid_bounds` of the grid on the device of the points, which is otherwise copied there.
     """
-    low = points.new_tensor(grid.low)
-    cell = points.new_tensor(grid.cell)
-    size = torch.tensor(grid.size_xyz, device=points.device)
+    low, cell, size = grid_bounds(grid).to(points.device) if bounds is None else bounds
     position = (points - low) / cell
+    position = position.trunc() if truncate_toward_zero else position.floor()
+    inside = ((position >= 0) & (position < size)).all(-1)
     # Clamped before the conversion, because a float beyond the integer range has no defined integer.
-    position = (position.trunc() if truncate_toward_zero else position.floor()).clamp(-1, max(grid.size_xyz))
-    index = position.to(torch.int32)
-    inside = ((index >= 0) & (index < size)).all(-1)
-    x, y, z = index.unbind(-1)
+    x, y, z = position.clamp(-1, max(grid.size_xyz)).to(torch.int32).unbind(-1)
     flat = (z * grid.size_xyz[1] + y) * grid.size_xyz[0] + x
     return torch.where(inside, flat, -1)
 
@@ -85,32 +96,48 @@ class LSSForwardProjection(BaseModule):
         # Rounding can give arange one value too many.
         self.register_buffer("depths", torch.arange(*self.depth_range, dtype=torch.float32)[:num_bins],
                              persistent=False)
+        self.register_buffer("bounds", grid_bounds(self.grid), persistent=False)
         self.depth_net = DepthNet(in_channels, in_channels, out_channels, num_bins, with_cp=with_cp, **depthnet_cfg)
 
-    def forward(self, feature: Tensor, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor,
-                stereo: Tensor | None = None, older_stereo: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """(h, w) of the feature map."""
+        height, width = self.input_size
+        return height // self.downsample, width // self.downsample
+
+    def geometry(self, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor) -> LiftGeometry:
+        """What :meth:`forward` needs of the cameras of a frame, on their device.
+
+        Args:
+            camera: Cameras of the frame.
+            key_ego_from_camera: [B, N, 4, 4] camera poses for the camera vector.
+            bda: [B, 4, 4] BEV augmentation.
+        """
+        rays, origins = frustum_rays(camera, bda, self.input_size, self.feature_size)
+        sweep = sweep_geometry(camera, self.input_size) if self.has_cost_volume else None
+        return LiftGeometry(camera_vector(camera, key_ego_from_camera, bda), rays, origins, sweep)
+
+    def forward(self, feature: Tensor, geometry: LiftGeometry, stereo: Tensor | None = None,
+                older_stereo: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Pool an image feature into the voxel grid.
 
         Args:
             feature: [B * N, in_channels, h, w].
-            camera: Cameras of the frame that ``feature`` was computed from.
-            key_ego_from_camera: [B, N, 4, 4] poses of the key frame's cameras, for the camera vector.
-            bda: [B, 4, 4] BEV augmentation.
+            geometry: Cameras of the frame that ``feature`` was computed from.
             stereo, older_stereo: Not read: there for the stereo variant, which is called alike.
 
         Returns:
             volume [B, C, Z, Y, X]; depth probability [B * N, D, h, w]; context [B * N, C, h, w].
         """
-        return self.lift_splat(feature, None, camera, key_ego_from_camera, bda)
+        return self.lift_splat(feature, None, geometry)
 
-    def lift_splat(self, feature: Tensor, cost_volume: Tensor | None, camera: CameraFrame, key_ego_from_camera: Tensor,
-                   bda: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def lift_splat(self, feature: Tensor, cost_volume: Tensor | None, geometry: LiftGeometry
+                   ) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`forward`, with an optional stereo cost volume [B * N, D, 4 h, 4 w] for the depth."""
-        vector = camera_vector(camera, key_ego_from_camera, bda)
-        logits, context = self.depth_net(feature, vector.flatten(0, 1), cost_volume)
+        logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), cost_volume)
         depth = logits.softmax(1)
-        points = frustum_points(camera, bda, self.depths, self.input_size, tuple(feature.shape[-2:]))
-        cells = voxel_index(points, self.grid, self.truncate_toward_zero)  # [B, N, D, h, w]
+        points = frustum_points(geometry.rays, geometry.origins, self.depths)
+        cells = voxel_index(points, self.grid, self.truncate_toward_zero, self.bounds)  # [B, N, D, h, w]
         per_camera = cells.shape[:2]
         volume = bev_pool_v2(depth.unflatten(0, per_camera), context.unflatten(0, per_camera).permute(0, 1, 3, 4, 2),
                              cells, self.grid.size_zyx)
@@ -136,10 +163,13 @@ class LSSVStereoForwardProjection(LSSForwardProjection):
             raise ValueError(f"cv_downsample must be 4, the stride of the stereo features, got {cv_downsample}")
         self.one_channel_invalid_test = one_channel_invalid_test
 
-    def forward(self, feature: Tensor, camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor,
-                stereo: Tensor, older_stereo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, feature: Tensor, geometry: LiftGeometry, stereo: Tensor, older_stereo: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
         """As the parent's, with the stereo features [B * N, C4, H4, W4] of this frame and of the frame before."""
-        cost_volume = stereo_cost_volume(
-            stereo, older_stereo, camera, self.depths, image_size=self.input_size,
-            invalid_penalty=self.depth_net.bias, one_channel_invalid_test=self.one_channel_invalid_test)
-        return self.lift_splat(feature, cost_volume, camera, key_ego_from_camera, bda)
+        return self.lift_splat(feature, self.cost_volume(stereo, older_stereo, geometry), geometry)
+
+    def cost_volume(self, stereo: Tensor, older_stereo: Tensor, geometry: LiftGeometry) -> Tensor:
+        """[B * N, D, H4, W4] matching probabilities of the stereo features of a frame and of the frame before."""
+        return stereo_cost_volume(stereo, older_stereo, geometry.sweep, self.depths,
+                                  invalid_penalty=self.depth_net.bias,
+                                  one_channel_invalid_test=self.one_channel_invalid_test)

@@ -1,7 +1,5 @@
 """A backward projection of one small stage, and inputs for it."""
 
-import math
-
 import torch
 
 from mmdet3d.registry import build
@@ -56,10 +54,9 @@ def inputs(seed=0, coarse=True, previous=True):
             "depth": normal(BATCH, CAMS, BINS, *FEATURE).softmax(2),
             "coarse_logits": normal(BATCH, X // 2, Y // 2, Z // 2, CLASSES) if coarse else None,
             "previous_volume": normal(BATCH, CHANNELS, Z, Y, X) if previous else None,
-            "previous_bda": torch.eye(4).expand(BATCH, 4, 4) if previous else None,
+            "previous_flips": torch.zeros(BATCH, 2, dtype=torch.bool),
             "bda": torch.eye(4).expand(BATCH, 4, 4), "starts": torch.tensor([False, True]),
-            "displacement": torch.tensor([[1.5, 0.5, 0], [0, 0, 0]], dtype=torch.float64),
-            "yaw": torch.tensor([0.3, math.pi], dtype=torch.float64), "image_from_ego": image_from_ego}
+            "shift": torch.tensor([[0.06, -0.08], [0, 0]]), "image_from_augmented": image_from_ego}
 
 
 def flips(x, y):

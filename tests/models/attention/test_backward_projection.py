@@ -1,5 +1,7 @@
 """What a stage's wrapper prepares for its transformer: query, previous map, augmentation, displacement."""
 
+import math
+
 import pytest
 import small_stage as stage
 import torch
@@ -33,7 +35,8 @@ def test_query_logits_and_displacement():
                            align_corners=False)
     torch.testing.assert_close(seen["coarse_logits"], logits.permute(0, 2, 3, 4, 1))
     assert seen["coarse_logits"].shape == (BATCH, X, Y, stage.Z, stage.CLASSES)
-    torch.testing.assert_close(seen["shift"], ego_shift(arguments["displacement"], arguments["yaw"], (12.0, 16.0)))
+    assert torch.equal(seen["shift"], arguments["shift"])
+    assert torch.equal(seen["image_from_ego"], arguments["image_from_augmented"])
     module = stage.make()
     torch.testing.assert_close(seen["query_pos"], module.positional_encoding(arguments["bda"]))
 
@@ -43,11 +46,10 @@ def test_the_first_frame_of_the_coarsest_stage_has_neither_logits_nor_previous_m
     assert seen["coarse_logits"] is None and seen["previous"] is None
 
 
-@pytest.mark.parametrize("previous_flips, current_flips", [((1, 1), (1, 1)), ((-1, 1), (1, 1)), ((1, -1), (-1, -1))])
-def test_the_previous_map_is_always_turned_around(previous_flips, current_flips):
+@pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True)])
+def test_the_previous_map_is_always_turned_around(flips):
     arguments = stage.inputs()
-    arguments["previous_bda"] = stage.flips(*previous_flips).expand(BATCH, 4, 4)
-    arguments["bda"] = stage.flips(*current_flips).expand(BATCH, 4, 4)
+    arguments["previous_flips"] = torch.tensor([flips, flips])
     previous = as_map(prepared(arguments)["previous"])
     torch.testing.assert_close(previous, arguments["previous_volume"].mean(2).flip(2, 3))
 
@@ -56,8 +58,7 @@ def test_the_previous_map_can_be_flipped_by_the_change_of_augmentation():
     arguments = stage.inputs()
     for flip_x in (1, -1):
         for flip_y in (1, -1):
-            arguments["previous_bda"] = torch.stack([stage.flips(flip_x, 1), stage.flips(-1, -1)])
-            arguments["bda"] = torch.stack([stage.flips(1, flip_y), stage.flips(-1, -1)])
+            arguments["previous_flips"] = torch.tensor([[flip_x < 0, flip_y < 0], [False, False]])
             previous = as_map(prepared(arguments, always_flip_previous=False)["previous"])
             expected = arguments["previous_volume"].mean(2)
             axes = [axis for axis, flip in ((3, flip_x), (2, flip_y)) if flip == -1]  # X is the last axis
@@ -79,20 +80,32 @@ def test_augmentation_of_the_anchors(invert):
     arguments = stage.inputs()
     turn = torch.eye(4)
     turn[:2, :2] = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
-    arguments["bda"] = torch.stack([turn, stage.flips(-1, 1)])
-    seen = prepared(arguments, invert_bda=invert)
+    bda = torch.stack([turn, stage.flips(-1, 1)])
+    image_from_ego = arguments["image_from_augmented"]
+    found = stage.make(invert_bda=invert).image_from_augmented(image_from_ego, bda)
     for b in range(BATCH):
-        bda = torch.linalg.inv(arguments["bda"][b]) if invert else arguments["bda"][b]
+        augmentation = torch.linalg.inv(bda[b]) if invert else bda[b]
         for n in range(stage.CAMS):
-            torch.testing.assert_close(seen["image_from_ego"][b, n], arguments["image_from_ego"][b, n] @ bda)
+            torch.testing.assert_close(found[b, n], image_from_ego[b, n] @ augmentation)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_displacement_is_mirrored_with_the_map_unless_it_is_the_legacy_one(legacy):
+    moved = torch.tensor([[1.5, 0.5, 0], [0.7, -0.2, 0]], dtype=torch.float64)
+    yaw = torch.tensor([0.3, math.pi], dtype=torch.float64)
+    bda = torch.stack([stage.flips(1, 1), stage.flips(-1, 1)])
+    expected = ego_shift(moved, yaw, (12.0, 16.0), legacy_axes=legacy)
+    if not legacy:
+        expected[1, 0] = -expected[1, 0]
+    found = stage.make(legacy_shift_axes=legacy).displacement(moved, yaw, bda)
+    assert found.dtype == torch.float32 and found.all()
+    torch.testing.assert_close(found, expected)
 
 
 def test_for_flips_the_inverse_augmentation_is_the_same():
-    arguments = stage.inputs()
-    arguments["bda"] = stage.flips(-1, 1).expand(BATCH, 4, 4)
-    with torch.no_grad():
-        for mine, theirs in zip(stage.make(invert_bda=True)(**arguments), stage.make()(**arguments), strict=True):
-            torch.testing.assert_close(mine, theirs)
+    image_from_ego, bda = stage.inputs()["image_from_augmented"], stage.flips(-1, 1).expand(BATCH, 4, 4)
+    mine, theirs = (stage.make(invert_bda=invert).image_from_augmented(image_from_ego, bda) for invert in (True, False))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_no_gradient_into_the_past():

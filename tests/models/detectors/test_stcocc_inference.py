@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from mmdet3d.models import build_model
-from mmdet3d.models.detectors.frame_meta import FrameMeta
+from mmdet3d.models.attention.backward_projection import ego_shift
 from mmdet3d.utils.checkpoint import load_checkpoint, save_checkpoint
 
 B, X, Y, Z, K = tiny.BATCH, tiny.X, tiny.Y, tiny.Z, tiny.CLASSES
@@ -188,8 +188,11 @@ def test_displacement_since_the_frame_before(model):
     memory = run(model).memory
     run(model, 3, memory, starts=[False, True])
     hook.remove()
-    assert not seen[0].any() and seen[0].dtype == torch.float64
-    torch.testing.assert_close(seen[1], torch.tensor([[2.4, 0, 0], [0, 0, 0]], dtype=torch.float64))
+    assert not seen[0].any() and seen[0].dtype == torch.float32
+    moved = torch.tensor([[2.4, 0, 0], [0, 0, 0]], dtype=torch.float64)
+    yaw = torch.tensor([0.0, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(seen[1], ego_shift(moved, yaw, (48.0, 32.0)))
+    assert seen[1][0].any()
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -314,6 +317,6 @@ def test_a_checkpoint_restores_the_model(model, tmp_path):
 def test_cascade_runs_on_precomputed_features(model):
     inputs, metas = tiny.frame(0)
     prediction = run(model)
-    features = model.forward_projection(tuple(inputs))
+    features = model.forward_projection(inputs[0], model.forward_projection.geometry(inputs))
     torch.manual_seed(0)
-    assert_same(model.cascade(features, FrameMeta.from_metas(metas, torch.device("cpu")), inputs[5], None), prediction)
+    assert_same(model.cascade(features, model.plan_stages(metas, inputs[5], None), None), prediction)

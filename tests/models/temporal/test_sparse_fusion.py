@@ -36,6 +36,12 @@ def step_inputs(step):
             "occupied": torch.rand(BATCH, *SIZE, generator=generator), "bda": bda, "previous_ego_from_ego": poses}
 
 
+def fuse(module, volume, logits, occupied, bda, previous_ego_from_ego, history, starts, previous_bda, **options):
+    """The module on the index matrix of the poses."""
+    matrix = module.index_matrix(GRID, starts, bda, previous_bda, previous_ego_from_ego)
+    return module(volume, logits, occupied, history, GRID, starts, matrix, **options)
+
+
 def as_volumes(history):
     """[B, V, T * C] -> [B, T * C, Z, Y, X]."""
     return TemporalMemory((history,), (SIZE,), CHANNELS, None, None, None).history_volume(0)
@@ -47,8 +53,7 @@ def run(module, steps, starts_of=lambda step: STEPS[step % len(STEPS)][0]):
     for step in range(steps):
         inputs = step_inputs(step)
         inputs["volume"].requires_grad_()
-        output, history = module(**inputs, history=history, grid=GRID, starts=starts_of(step),
-                                 previous_bda=previous_bda)
+        output, history = fuse(module, **inputs, history=history, starts=starts_of(step), previous_bda=previous_bda)
         previous_bda = inputs["bda"]
         yield inputs, output, history
 
@@ -102,7 +107,7 @@ def test_what_the_new_history_holds():
     newest = as_volumes(history)[:, :CHANNELS]
     assert torch.equal(newest, output.detach())
     still = {**step_inputs(2), "previous_ego_from_ego": torch.eye(4).repeat(BATCH, 1, 1), "bda": inputs["bda"]}
-    _, after = make()(**still, history=history, grid=GRID, starts=(False, False), previous_bda=inputs["bda"])
+    _, after = fuse(make(), **still, history=history, starts=(False, False), previous_bda=inputs["bda"])
     torch.testing.assert_close(after[..., CHANNELS:], history[..., :-CHANNELS])
     assert not torch.allclose(before, history)
 
@@ -112,12 +117,12 @@ def test_foreground_sees_all_slots_and_background_the_newest_half():
     *_, (_, _, history) = run(module, 1)
     inputs = step_inputs(1)
     inputs["previous_ego_from_ego"] = torch.eye(4).repeat(BATCH, 1, 1)
-    same = {"grid": GRID, "starts": (False, False), "previous_bda": inputs["bda"]}
+    same = {"starts": (False, False), "previous_bda": inputs["bda"]}
     outputs = []
     for first_changed in (SLOTS, 2):
         changed = history.clone()
         changed[..., first_changed * CHANNELS:] += 1
-        outputs.append(module(**inputs, history=changed, **same)[0].flatten(2).transpose(1, 2))
+        outputs.append(fuse(module, **inputs, history=changed, **same)[0].flatten(2).transpose(1, 2))
     differs = (outputs[0] != outputs[1]).any(-1)  # [B, V]
     for b in range(BATCH):
         foreground = inputs["occupied"][b].flatten().topk(TOP_K).indices
@@ -126,12 +131,12 @@ def test_foreground_sees_all_slots_and_background_the_newest_half():
 
 def test_another_number_of_foreground_voxels_can_be_asked_for():
     inputs, module = step_inputs(0), make()
-    same = {"history": None, "grid": GRID, "starts": (True, True), "previous_bda": None}
+    same = {"history": None, "starts": (True, True), "previous_bda": None}
     wide = SparseFusion(12, SLOTS, CHANNELS, CLASSES, occ_embedims=3)
     wide.load_state_dict(module.state_dict())
-    expected, _ = wide(**inputs, **same)
-    output, _ = module(**inputs, **same, top_k=12)
-    assert torch.equal(output, expected) and not torch.equal(output, module(**inputs, **same)[0])
+    expected, _ = fuse(wide, **inputs, **same)
+    output, _ = fuse(module, **inputs, **same, top_k=12)
+    assert torch.equal(output, expected) and not torch.equal(output, fuse(module, **inputs, **same)[0])
 
 
 @pytest.mark.parametrize("options", [{"top_k": 25}, {}])
@@ -139,14 +144,14 @@ def test_more_foreground_than_voxels_is_refused(options):
     module = make()
     module.top_k = 7 if options else 25
     with pytest.raises(ValueError, match="top_k=25 exceeds the 24 voxels of the stage"):
-        module(**step_inputs(0), history=None, grid=GRID, starts=(True, True), previous_bda=None, **options)
+        fuse(module, **step_inputs(0), history=None, starts=(True, True), previous_bda=None, **options)
 
 
 @pytest.mark.parametrize("occupied", [0.5, 0.0, 1.0])
 def test_ties_follow_two_separate_selections(occupied):
     module, inputs = make(), step_inputs(0)
     inputs["occupied"] = torch.full_like(inputs["occupied"], occupied)
-    output, _ = module(**inputs, history=None, grid=GRID, starts=(True, True), previous_bda=None)
+    output, _ = fuse(module, **inputs, history=None, starts=(True, True), previous_bda=None)
     expected = LiteralFusion(module, GRID)(inputs["volume"], inputs["logits"], inputs["occupied"], (0, 1), (True, True),
                                            inputs["bda"], inputs["previous_ego_from_ego"])
     torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-4)
@@ -159,8 +164,8 @@ def test_a_batch_is_its_samples():
         history = previous_bda = None
         for step, (_, output, batch_history) in enumerate(together):
             inputs = {name: value[b : b + 1] for name, value in step_inputs(step).items()}
-            alone, history = module(**inputs, history=history, grid=GRID, starts=STEPS[step][0][b : b + 1],
-                                    previous_bda=previous_bda)
+            alone, history = fuse(module, **inputs, history=history, starts=STEPS[step][0][b : b + 1],
+                                  previous_bda=previous_bda)
             previous_bda = inputs["bda"]
             torch.testing.assert_close(alone[0], output[b], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(history[0], batch_history[b], atol=1e-5, rtol=1e-5)
@@ -170,7 +175,7 @@ def test_the_input_volume_and_history_stay_as_they_are():
     module, inputs = make(), step_inputs(1)
     *_, (_, _, history) = run(module, 1)
     volume, past = inputs["volume"].clone(), history.clone()
-    module(**inputs, history=history, grid=GRID, starts=(True, False), previous_bda=inputs["bda"])
+    fuse(module, **inputs, history=history, starts=(True, False), previous_bda=inputs["bda"])
     assert torch.equal(inputs["volume"], volume) and torch.equal(history, past)
 
 
@@ -179,12 +184,12 @@ def test_the_centre_convention_moves_the_history_by_half_a_voxel_less():
     inputs["bda"] = torch.diag(torch.tensor([-1.0, 1, 1, 1])).repeat(BATCH, 1, 1)
     inputs["previous_ego_from_ego"] = torch.eye(4).repeat(BATCH, 1, 1)
     history = torch.randn(BATCH, VOXELS, SLOTS * CHANNELS)
-    same = {"history": history, "grid": GRID, "starts": (False, False),
+    same = {"history": history, "starts": (False, False),
             "previous_bda": torch.eye(4).repeat(BATCH, 1, 1)}
-    _, centre = make(corner_origin=False)(**inputs, **same)
+    _, centre = fuse(make(corner_origin=False), **inputs, **same)
     kept = as_volumes(history)[:, :-CHANNELS]
     torch.testing.assert_close(as_volumes(centre)[:, CHANNELS:], kept.flip(-1), atol=1e-5, rtol=1e-5)
-    _, corner = make()(**inputs, **same)
+    _, corner = fuse(make(), **inputs, **same)
     moved = as_volumes(corner)[:, CHANNELS:]
     assert not moved[..., 0].any()
     torch.testing.assert_close(moved[..., 1:], kept[..., 1:].flip(-1), atol=1e-5, rtol=1e-5)

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points, split_frames
+from mmdet3d.models.view_transforms.geometry import (
+    CameraFrame,
+    camera_vector,
+    frustum_points,
+    frustum_rays,
+    split_frames,
+)
 
 BATCH, CAMS, FRAMES, HEIGHT, WIDTH = 2, 4, 3, 5, 7
 
@@ -141,7 +147,7 @@ def test_frustum_points_equal_the_literal_steps(generator, flips, angle, scale):
         rig.stack(lambda: rig.post_aug(generator, flip=True), batch * cams, batch, cams).float())
     bda = torch.stack([rig.bda(generator, flips, angle, scale), torch.eye(4, dtype=torch.float64)]).float()
     bda[0, :3, 3] = torch.tensor([0.5, -1.5, 0.25])
-    points = frustum_points(camera, bda, depths, (32, 88), (2, 6))
+    points = frustum_points(*frustum_rays(camera, bda, (32, 88), (2, 6)), depths)
     expected = literal_points(camera, bda, depths, (32, 88), (2, 6))
     assert points.shape == (2, 3, 5, 2, 6, 3) and points.dtype == torch.float32
     np.testing.assert_allclose(points, expected, rtol=1e-5, atol=1e-5)
@@ -156,7 +162,7 @@ def test_a_camera_that_looks_ahead_sees_points_ahead(generator):
     intrinsics[0, 0] = intrinsics[1, 1] = 40.0
     intrinsics[0, 2], intrinsics[1, 2] = 20.0, 10.0
     camera = CameraFrame(*(m[None, None] for m in (pose, pose)), *(m[None, None] for m in (intrinsics, torch.eye(4))))
-    points = frustum_points(camera, torch.eye(4)[None], torch.tensor([10.0]), (21, 41), (3, 5))
+    points = frustum_points(*frustum_rays(camera, torch.eye(4)[None], (21, 41), (3, 5)), torch.tensor([10.0]))
     torch.testing.assert_close(points[0, 0, 0, 1, 2], torch.tensor([11.0, 0.2, 1.5]))
     # The right-most column, u = 40, looks 0.5 to the right per metre: y = 0.2 - 5; the top row looks up.
     torch.testing.assert_close(points[0, 0, 0, 0, 4], torch.tensor([11.0, -4.8, 4.0]))

@@ -46,6 +46,10 @@ def module():
     return build_module()
 
 
+def forward(module, inputs):
+    return module(inputs[0], module.geometry(inputs))
+
+
 class Calls:
     """What the view transform was given and gave, call after call, and what the 3D encoder was given."""
 
@@ -54,7 +58,7 @@ class Calls:
         hooks = [module.img_view_transformer.register_forward_hook(
                      lambda _, args, output: self.transform.append((args, output))),
                  module.img_bev_encoder_backbone.register_forward_pre_hook(self._keep_stacked)]
-        self.features = module(inputs)
+        self.features = forward(module, inputs)
         for hook in hooks:
             hook.remove()
 
@@ -91,13 +95,16 @@ def test_each_frame_is_matched_with_the_one_before(module, calls, inputs):
         oldest = module.img_backbone.first_stage(images[2].flatten(0, 1))
     torch.testing.assert_close(oldest, features[2].stereo)
     for call, frame in ((0, 1), (1, 0)):
-        neck, camera, vector_pose, bda, stereo, older_stereo = calls.transform[call][0]
+        neck, geometry, stereo, older_stereo = calls.transform[call][0]
         torch.testing.assert_close(neck, features[frame].neck)
         torch.testing.assert_close(stereo, features[frame].stereo)
         torch.testing.assert_close(older_stereo, features[frame + 1].stereo)
-        assert torch.equal(camera.key_ego_from_camera, cameras[frame].key_ego_from_camera)
-        assert torch.equal(vector_pose, cameras[0].key_ego_from_camera)  # of the key frame, for both
-        assert torch.equal(bda, inputs[5])
+        # The camera vector holds the key frame's poses, for both.
+        pose = cameras[0].key_ego_from_camera
+        expected = module.img_view_transformer.geometry(cameras[frame], pose, inputs[5])
+        assert torch.equal(geometry.camera_vector[..., 15:], pose[..., :3, :].flatten(-2))
+        for mine, theirs in zip((*geometry[:3], *geometry.sweep), (*expected[:3], *expected.sweep), strict=True):
+            assert torch.equal(mine, theirs) if torch.is_tensor(mine) else mine == theirs == IMAGE
 
 
 def test_own_extrinsics_of_the_earlier_frame(inputs, calls):
@@ -105,8 +112,9 @@ def test_own_extrinsics_of_the_earlier_frame(inputs, calls):
     with torch.no_grad():
         own = Calls(module, inputs)
     _, cameras = split_frames(inputs, CAMS, FRAMES)
-    assert torch.equal(own.transform[0][0][2], cameras[1].key_ego_from_camera)
-    assert torch.equal(own.transform[1][0][2], cameras[0].key_ego_from_camera)
+    for call, frame in ((0, 1), (1, 0)):
+        pose = own.transform[call][0][1].camera_vector[..., 15:]
+        assert torch.equal(pose, cameras[frame].key_ego_from_camera[..., :3, :].flatten(-2))
     torch.testing.assert_close(own.features.depth, calls.features.depth)
     assert not torch.allclose(own.features.volumes[0], calls.features.volumes[0])
 
@@ -121,7 +129,7 @@ def test_without_an_earlier_frame_its_volume_is_zero(inputs, calls):
 def test_gradient_flows_into_the_key_frame_alone(inputs):
     module = build_module().train()
     images = inputs[0].clone().requires_grad_()
-    features = module((images, *inputs[1:]))
+    features = forward(module, (images, *inputs[1:]))
     sum(volume.square().sum() for volume in features.volumes).backward()
     per_frame = images.grad.unflatten(1, (CAMS, FRAMES)).abs().sum((0, 1, 3, 4, 5))
     assert per_frame[0] > 0 and not per_frame[1:].any()
@@ -150,8 +158,8 @@ def test_the_view_transform_may_do_without_stereo(inputs, calls):
     module = build_module(img_view_transformer=transform)
     assert not any("cost_volumn_net" in key for key in module.state_dict())
     with torch.no_grad():
-        features = module(inputs)
-        again = module(inputs)
+        features = forward(module, inputs)
+        again = forward(module, inputs)
     assert [v.shape for v in features.volumes] == [v.shape for v in calls.features.volumes]
     assert features.depth.shape == calls.features.depth.shape and features.context.shape == calls.features.context.shape
     assert all(v.isfinite().all() and v.any() for v in features.volumes)
@@ -160,14 +168,14 @@ def test_the_view_transform_may_do_without_stereo(inputs, calls):
 
 def test_images_of_another_size_are_refused(module, inputs):
     with pytest.raises(ValueError, match=r"input_size \(H, W\) = \(32, 96\), got \(2, 6, 3, 32, 64\)"):
-        module((inputs[0][..., :64], *inputs[1:]))
+        module.geometry((inputs[0][..., :64], *inputs[1:]))
 
 
 def test_context_without_an_adjusting_convolution(inputs):
     module = build_module(adjust_channel=None)
     assert not any("adjust_channel_conv" in key for key in module.state_dict())
     with torch.no_grad():
-        assert module(inputs).context.shape == (BATCH * CAMS, CONTEXT, *SIZE)
+        assert forward(module, inputs).context.shape == (BATCH * CAMS, CONTEXT, *SIZE)
 
 
 def test_registration_order_follows_the_published_checkpoints(module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmdet3d.models.view_transforms import LSSForwardProjection, LSSVStereoForwardProjection
-from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points
+from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points, frustum_rays
 from mmdet3d.models.view_transforms.lift_splat import voxel_index
 from mmdet3d.registry import ConfigError, build
 from mmdet3d.structures import VoxelGrid, depth_bins
@@ -73,7 +73,7 @@ def literal_volume(module, camera, bda, depth, context):
     """Each pixel's context times depth probability, dropped into its voxel; truncation by Python's int()."""
     grid = module.grid
     size_x, size_y, size_z = grid.size_xyz
-    points = frustum_points(camera, bda, module.depths, module.input_size, SIZE)
+    points = frustum_points(*frustum_rays(camera, bda, module.input_size, SIZE), module.depths)
     volume = torch.zeros(BATCH, context.shape[1], size_z, size_y, size_x)
     kept = 0
     for b, n, d, v, u in itertools.product(*map(range, points.shape[:-1])):
@@ -89,7 +89,7 @@ def test_lift_and_splat_equal_a_loop(scene):
     camera, bda, feature = scene
     module = build({"type": "LSSForwardProjection", **CONFIG}).eval()
     with torch.no_grad():
-        volume, depth, context = module(feature, camera, camera.key_ego_from_camera, bda)
+        volume, depth, context = module(feature, module.geometry(camera, camera.key_ego_from_camera, bda))
         logits, expected_context = module.depth_net(
             feature, camera_vector(camera, camera.key_ego_from_camera, bda).flatten(0, 1), None)
     assert volume.shape == (BATCH, 7, 4, 5, 6) and volume.is_contiguous()
@@ -101,13 +101,13 @@ def test_lift_and_splat_equal_a_loop(scene):
     torch.testing.assert_close(volume, expected)
     module.truncate_toward_zero = False
     with torch.no_grad():
-        assert not torch.allclose(module(feature, camera, camera.key_ego_from_camera, bda)[0], expected)
+        assert not torch.allclose(module(feature, module.geometry(camera, camera.key_ego_from_camera, bda))[0], expected)
 
 
 def test_gradients_reach_depth_and_context(scene):
     camera, bda, feature = scene
     module = build({"type": "LSSForwardProjection", **CONFIG})
-    volume, *_ = module(feature.requires_grad_(), camera, camera.key_ego_from_camera, bda)
+    volume, *_ = module(feature.requires_grad_(), module.geometry(camera, camera.key_ego_from_camera, bda))
     volume.square().sum().backward()
     assert feature.grad.abs().sum() > 0
     for name in ("context_conv.weight", "depth_conv.4.weight", "context_mlp.fc1.weight", "depth_mlp.fc1.weight"):
@@ -119,7 +119,7 @@ def test_no_point_in_the_grid_gives_zeros(scene):
     module = build({"type": "LSSForwardProjection", **CONFIG}).eval()
     bda = bda.clone()
     bda[:, 0, 3] = 1e4
-    volume, *_ = module(feature, camera, camera.key_ego_from_camera, bda)
+    volume, *_ = module(feature, module.geometry(camera, camera.key_ego_from_camera, bda))
     assert volume.shape == (BATCH, 7, 4, 5, 6) and not volume.any()
 
 
@@ -173,7 +173,8 @@ def test_the_stereo_variant_hands_a_cost_volume_to_the_depth_net(scene):
     seen = []
     module.depth_net.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
     stereo = torch.rand(2, BATCH * CAMS, 8, 4 * SIZE[0], 4 * SIZE[1], generator=generator).requires_grad_()
-    volume, depth, context = module.eval()(feature, camera, camera.key_ego_from_camera, bda, stereo[0], stereo[1])
+    volume, depth, context = module.eval()(
+        feature, module.geometry(camera, camera.key_ego_from_camera, bda), stereo[0], stereo[1])
     assert volume.shape == (BATCH, 7, 4, 5, 6)
     assert seen[0].shape == (BATCH * CAMS, 5, 8, 12) and not seen[0].requires_grad
     torch.testing.assert_close(seen[0].sum(1), torch.ones(BATCH * CAMS, 8, 12))

@@ -1,0 +1,172 @@
+"""Everything of a frame that is small matrices: computed on the host, sent to the device in one transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdet3d.models.attention.backward_projection import BEVFormerBackwardProjection
+from mmdet3d.models.detectors.frame_meta import FrameMeta
+from mmdet3d.models.temporal import SparseFusion
+from mmdet3d.models.view_transforms.geometry import LiftGeometry
+from mmdet3d.structures import TemporalMemory, VoxelGrid
+from mmdet3d.utils.precision import full_precision
+
+#: Bytes; every tensor of a packed buffer begins at a multiple.
+ALIGNMENT = 16
+
+
+class StageGeometry(NamedTuple):
+    """What the stages read.
+
+    Attributes:
+        bda: [B, 4, 4] BEV augmentation.
+        image_from_augmented: [B, N, 4, 4] float32 augmented ego to augmented pixels times depth.
+        shift: [B, 2] float32 displacement of the previous bird's-eye view, in units of the map (x, y).
+        previous_flips: [B, 2] bool, whether the BEV augmentation changed its flip along (x, y) since the frame before.
+        start_mask: [B] bool, whether a sequence starts.
+        index_matrices: For each temporal fusion, finest stage first, [B, 4, 4] float32: voxel index (x, y, z) now to
+            (fractional) voxel index in the previous frame's volume.
+        noise_seeds: [B] int32 seeds of the flow head's noise in evaluation, or None.
+    """
+
+    bda: Tensor
+    image_from_augmented: Tensor
+    shift: Tensor
+    previous_flips: Tensor
+    start_mask: Tensor
+    index_matrices: tuple[Tensor, ...]
+    noise_seeds: Tensor | None
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """The geometry of a frame for the device, and its meta data for the host.
+
+    Attributes:
+        lifts: Geometry of the lifted frames, key frame first; views of ``buffer``.
+        stages: Geometry of the stages; views of ``buffer``.
+        meta: Meta data, on the CPU.
+        bda: [B, 4, 4] BEV augmentation, on the CPU.
+        buffer: uint8, all tensors of ``lifts`` and ``stages`` one after the other.
+    """
+
+    lifts: tuple[LiftGeometry, ...]
+    stages: StageGeometry
+    meta: FrameMeta
+    bda: Tensor
+    buffer: Tensor
+
+    @classmethod
+    def pack(cls, lifts: Sequence[LiftGeometry], stages: StageGeometry, meta: FrameMeta, bda: Tensor, *,
+             pinned: bool = False) -> FramePlan:
+        """Plan of CPU tensors, copied into one buffer; ``pinned`` lets the transfer to a GPU run in the background."""
+        tensors: list[Tensor] = []
+        tree = (tuple(lifts), stages)
+        map_tensors(lambda tensor: tensors.append(tensor) or tensor, tree)
+        offsets, size = _layout(tensors)
+        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        views = _views(buffer, tensors, offsets)
+        for view, tensor in zip(views, tensors, strict=True):
+            view.copy_(tensor)
+        rest = iter(views)
+        lifts, stages = map_tensors(lambda _: next(rest), tree)
+        return cls(lifts, stages, meta, bda, buffer)
+
+    def to(self, device: torch.device | str) -> FramePlan:
+        """The plan with its tensors on ``device``: one transfer, which does not wait when the buffer is pinned."""
+        device = torch.device(device)
+        return self if device == self.buffer.device else self._on(self.buffer.to(device, non_blocking=True))
+
+    def load(self, other: FramePlan) -> FramePlan:
+        """``other`` in the storage of this plan, which must be of the same shapes: for what keeps its addresses.
+
+        Raises:
+            ValueError: the buffers differ in size.
+        """
+        if other.buffer.shape != self.buffer.shape:
+            raise ValueError(f"the plan holds {len(self.buffer)} bytes and cannot take one of {len(other.buffer)}")
+        self.buffer.copy_(other.buffer, non_blocking=True)
+        return replace(other, lifts=self.lifts, stages=self.stages, buffer=self.buffer)
+
+    def _on(self, buffer: Tensor) -> FramePlan:
+        tensors: list[Tensor] = []
+        tree = (self.lifts, self.stages)
+        map_tensors(lambda tensor: tensors.append(tensor) or tensor, tree)
+        rest = iter(_views(buffer, tensors, _layout(tensors)[0]))
+        lifts, stages = map_tensors(lambda _: next(rest), tree)
+        return replace(self, lifts=lifts, stages=stages, buffer=buffer)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """``tree`` of nested (named) tuples with ``function`` of every tensor in its place; other values stay."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        values = [map_tensors(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
+    return tree
+
+
+def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Offset of each tensor in the buffer, and the buffer's size, in bytes."""
+    offsets, size = [], 0
+    for tensor in tensors:
+        offsets.append(size)
+        size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+    return offsets, size
+
+
+def _views(buffer: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]) -> list[Tensor]:
+    return [buffer[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+            for tensor, offset in zip(tensors, offsets, strict=True)]
+
+
+@torch.no_grad()
+@full_precision
+def stage_geometry(meta: FrameMeta, bda: Tensor, memory: TemporalMemory | None,
+                   projection: BEVFormerBackwardProjection, fusions: Sequence[SparseFusion], grids: Sequence[VoxelGrid]
+                   ) -> StageGeometry:
+    """Geometry of the stages, on the CPU.
+
+    Args:
+        meta: Meta data of the batch.
+        bda: [B, 4, 4] BEV augmentation on the CPU.
+        memory: What the previous frame returned, or None.
+        projection: Any stage's backward projection, because their options are the same.
+        fusions: Temporal fusions, finest stage first; none for a model without memory.
+        grids: Voxel grid of each stage.
+    """
+    earlier_bda = None if memory is None else memory.bda
+    flips = bda * (bda if earlier_bda is None else earlier_bda)
+    return StageGeometry(
+        bda=bda, image_from_augmented=projection.image_from_augmented(meta.image_from_ego, bda),
+        shift=projection.displacement(ego_displacement(memory, meta), meta.yaw, bda),
+        previous_flips=flips[:, [0, 1], [0, 1]] < 0, start_mask=torch.tensor(meta.starts),
+        index_matrices=tuple(
+            fusion.index_matrix(grid, meta.starts, bda, earlier_bda, meta.previous_ego_from_ego)
+            for fusion, grid in zip(fusions, grids, strict=False)),
+        noise_seeds=meta.noise_seeds)
+
+
+def ego_displacement(memory: TemporalMemory | None, meta: FrameMeta) -> Tensor:
+    """[B, 3] float64 global motion since the previous frame, 0 where a sequence starts or nothing is known."""
+    if memory is None:
+        return torch.zeros_like(meta.ego_translation)
+    moved = meta.ego_translation - memory.ego_translation
+    return torch.where(torch.tensor(meta.starts)[:, None], 0, moved)
+
+
+def matrices_on_host(img_inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``img_inputs[1:]`` on the CPU; what lies on a device comes in one transfer, which waits for the device."""
+    matrices = list(img_inputs[1:])
+    remote = [i for i, matrix in enumerate(matrices) if matrix.device.type != "cpu"]
+    if remote:
+        values = torch.cat([matrices[i].detach().flatten() for i in remote]).cpu()
+        for i, part in zip(remote, values.split([matrices[i].numel() for i in remote]), strict=True):
+            matrices[i] = part.view(matrices[i].shape).to(matrices[i].dtype)
+    return matrices
