@@ -5,6 +5,7 @@ from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
 from .plane_sweep import plane_sweep, plane_sweep_reference
 from .ray_cast import RayHits, ray_cast, ray_cast_reference
 from .resize_crop import resize_crop, resize_crop_reference
+from .upsample_mlp import upsample_mlp, upsample_mlp_reference
 
 __all__ = [
     "PoolOrder",
@@ -20,4 +21,6 @@ __all__ = [
     "resize_crop",
     "resize_crop_reference",
     "sort_by_cell",
+    "upsample_mlp",
+    "upsample_mlp_reference",
 ]

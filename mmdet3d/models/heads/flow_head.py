@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmdet3d.models.backbones.resnet3d import BasicBlock3D
-from mmdet3d.models.heads.occupancy_head import full_resolution_features
+from mmdet3d.models.heads.occupancy_head import voxel_rows
 from mmdet3d.models.heads.seeded_noise import gumbel_noise
+from mmdet3d.ops import upsample_mlp
 from mmdet3d.registry import HEADS
 
 
@@ -57,15 +60,28 @@ class OccFlowHead(BaseModule):
                 :mod:`mmdet3d.models.heads.seeded_noise`. Default, and in training: torch's generator.
         """
         classes = self._class_guidance(semantic_logits, noise_seeds)
-        features = full_resolution_features(self.voxel_conv(volume))
-        return self.predicter(torch.cat([features, self.semantic_guidance(classes)], -1))
+        if classes.requires_grad:
+            guidance = checkpoint(self._guidance, classes, use_reentrant=False)
+        else:
+            guidance = self._guidance(classes)
+        first, _, second = self.predicter
+        rows = voxel_rows(self.voxel_conv(volume))
+        hidden = F.linear(rows, first.weight[:, :rows.shape[-1]], first.bias)
+        return upsample_mlp(hidden, second.weight, second.bias, fine=guidance)
+
+    def _guidance(self, classes: Tensor) -> Tensor:
+        """[..., K] class probabilities -> [..., hidden] what they add to the predictor's hidden values."""
+        first, softplus, second = self.semantic_guidance
+        # Two linear layers in a row, the second of the guidance and the predictor's columns for it, are one.
+        weight = self.predicter[0].weight[:, -second.out_features:]
+        return F.linear(softplus(first(classes)), weight @ second.weight, weight @ second.bias)
 
     def _class_guidance(self, logits: Tensor, noise_seeds: Tensor | None) -> Tensor:
         """[B, 2 X, 2 Y, 2 Z, K] class probabilities, with noise where it is wanted."""
         if not (self.training or self.gumbel_in_eval):
             return logits.softmax(-1)
         if self.training or noise_seeds is None:
-            return nn.functional.gumbel_softmax(logits, tau=1, hard=False, dim=-1)
+            return F.gumbel_softmax(logits, tau=1, hard=False, dim=-1)
         noise = gumbel_noise(noise_seeds, logits.shape[1:])
         return (logits + noise.to(logits.dtype)).softmax(-1)
 

@@ -6,18 +6,17 @@ from collections.abc import Mapping
 
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmdet3d.models.attention.backward_projection import upsample_logits
 from mmdet3d.models.backbones.resnet3d import BasicBlock3D
+from mmdet3d.ops import upsample_mlp
 from mmdet3d.registry import HEADS
 
 COARSE_WEIGHT = 0.5
 
 
-def full_resolution_features(volume: Tensor) -> Tensor:
-    """Trilinear x2 of a volume [B, C, Z, Y, X], in the axis order of labels: [B, 2 X, 2 Y, 2 Z, C]."""
-    return F.interpolate(volume, scale_factor=2, mode="trilinear", align_corners=False).permute(0, 4, 3, 2, 1)
+def voxel_rows(volume: Tensor) -> Tensor:
+    """A volume [B, C, Z, Y, X] with the channels last: [B, Z, Y, X, C]."""
+    return volume.permute(0, 2, 3, 4, 1)
 
 
 @HEADS.register_module()
@@ -48,5 +47,6 @@ class OccHead(BaseModule):
 
     def forward(self, volume: Tensor, coarse_logits: Tensor) -> Tensor:
         """[B, C, Z, Y, X] and stage logits [B, X, Y, Z, K] -> logits [B, 2 X, 2 Y, 2 Z, K]."""
-        logits = self.predicter(full_resolution_features(self.voxel_conv(volume)))
-        return logits + COARSE_WEIGHT * upsample_logits(coarse_logits.detach())
+        first, _, second = self.predicter
+        hidden = first(voxel_rows(self.voxel_conv(volume)))  # before up-sampling, with which a linear layer commutes
+        return upsample_mlp(hidden, second.weight, second.bias, residual=coarse_logits, residual_weight=COARSE_WEIGHT)
