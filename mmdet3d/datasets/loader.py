@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import signal
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def build_dataloader(dataset: Dataset, samples_per_gpu: int, workers_per_gpu: in
                      persistent_workers: bool = True) -> DataLoader:
     """Loader of one process: sequences in step with the temporal memory, endless in training.
 
-    ``loader.sequence_sampler`` is the sampler of :mod:`mmdet3d.datasets.samplers.sequence` that chooses the samples.
+    ``loader.sequence_sampler`` is the sampler of :mod:`mmdet3d.datasets.samplers.sequence` that chooses the samples,
+    ``loader.sequence_dataset`` is ``dataset``.
 
     In training each sample has a generator of its own, seeded with ``seed``, the process, the batch and the place in
     it. So the augmentation is the same for any number of workers, and goes on where it was after a restored position.
@@ -72,7 +74,7 @@ def build_dataloader(dataset: Dataset, samples_per_gpu: int, workers_per_gpu: in
         persistent_workers=persistent_workers and workers_per_gpu > 0,
         multiprocessing_context=start_method if workers_per_gpu else None,
         worker_init_fn=functools.partial(_start_worker, dataset, seed, rank, workers_per_gpu, opencv_threads))
-    loader.sequence_sampler = sampler
+    loader.sequence_sampler, loader.sequence_dataset = sampler, dataset
     return loader
 
 
@@ -109,7 +111,13 @@ class _SeededSamples(Dataset):
 
 def _start_worker(dataset: Dataset, seed: int, rank: int, workers: int, opencv_threads: int | None,
                   worker: int) -> None:
-    """Seed the generators of a worker as the published training does, and keep it from starting threads."""
+    """Seed the generators of a worker as the published training does, and keep it from starting threads.
+
+    Ctrl-C and SIGTERM often reach all processes of a job. The process that the worker serves decides what to do; when
+    it ends, so does the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     own = (workers * rank + worker + seed) % 2**32
     np.random.seed(own)  # noqa: NPY002 - pipelines of the mmdet family draw from the global generator
     random.seed(own)

@@ -1,0 +1,1 @@
+"""What happens around an iteration: optimizer, logs, checkpoints, averaged weights, evaluation."""

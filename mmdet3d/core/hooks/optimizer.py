@@ -1,0 +1,75 @@
+"""The step of the optimizer, with clipping and accumulation of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmcv.runner import Hook
+
+from mmdet3d.core.hooks.builder import HOOKS
+from mmdet3d.registry import ConfigError, check_keys
+
+
+@HOOKS.register_module(name=("OptimizerHook", "GradientCumulativeOptimizerHook"))
+class OptimizerHook(Hook):
+    """After the forward pass: zero_grad, backward, clip, step.
+
+    With ``cumulative_iters`` N the gradients of N iterations are averaged before a step; an iteration remains one
+    forward pass, so N iterations are one step. A run that ends within such a group steps with what it has.
+
+    Where a hook before this one has set ``runner.skip_step``, the loss of the iteration and the gradients accumulated
+    for the step are dropped.
+
+    Args:
+        grad_clip: ``max_norm`` and ``norm_type`` of :func:`torch.nn.utils.clip_grad_norm_` over all gradients.
+        cumulative_iters: Iterations whose gradients make one step.
+
+    Raises:
+        ConfigError: ``grad_clip`` has an unknown key.
+        ValueError: ``cumulative_iters`` is not a positive whole number.
+    """
+
+    def __init__(self, grad_clip: Mapping[str, Any] | None = None, cumulative_iters: int = 1) -> None:
+        if not isinstance(cumulative_iters, int) or cumulative_iters < 1:
+            raise ValueError(f"cumulative_iters: expected a positive whole number, got {cumulative_iters!r}")
+        if grad_clip is not None:
+            check_keys(grad_clip, ("max_norm", "norm_type", "error_if_nonfinite", "foreach"), "grad_clip")
+            if "max_norm" not in grad_clip:
+                raise ConfigError("optimizer_config.grad_clip: max_norm is missing")
+        self.grad_clip = None if grad_clip is None else dict(grad_clip)
+        self.cumulative_iters = cumulative_iters
+        self._pending = False
+
+    def steps_after(self, runner: Any) -> bool:
+        """Whether the current iteration ends with a step."""
+        return (runner.iter + 1) % self.cumulative_iters == 0 or runner.iter + 1 == runner.max_iters
+
+    def before_train_iter(self, runner: Any) -> None:
+        """Processes exchange gradients only in iterations that end with a step."""
+        if self.cumulative_iters > 1 and hasattr(runner.model, "require_backward_grad_sync"):
+            runner.model.require_backward_grad_sync = self.steps_after(runner)
+
+    def after_train_iter(self, runner: Any) -> None:
+        """Backward pass of ``runner.outputs["loss"]`` and, at the end of a group, the step."""
+        if getattr(runner, "skip_step", False):
+            self._pending = False
+            return
+        if not self._pending:
+            runner.optimizer.zero_grad(set_to_none=True)
+        loss = runner.outputs["loss"]
+        (loss if self.cumulative_iters == 1 else loss / self.cumulative_iters).backward()
+        self._pending = not self.steps_after(runner)
+        if self._pending:
+            return
+        norm = self._clip(runner)
+        runner.optimizer.step()
+        if norm is not None:  # read after the step, so that a GPU need not wait for this process
+            runner.log_buffer.update({"grad_norm": float(norm)}, runner.outputs["num_samples"])
+
+    def _clip(self, runner: Any) -> torch.Tensor | None:
+        if self.grad_clip is None:
+            return None
+        parameters = [p for group in runner.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(parameters, **self.grad_clip) if parameters else None
