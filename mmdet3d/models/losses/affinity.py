@@ -8,10 +8,31 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmdet3d.models.losses.labelled import ClassSums, class_sums, label_voxels
 
 _EPSILON = 1e-5
+
+
+class _NegativeLog(torch.autograd.Function):
+    """:func:`negative_log`; the derivative of its steps is 1, so that of the whole is -1 / shifted ratio."""
+
+    @staticmethod
+    def forward(ctx, ratio: Tensor) -> Tensor:
+        for _ in range(3):
+            ratio = torch.where(ratio >= 1 - _EPSILON, ratio - _EPSILON, ratio)
+        ratio = torch.where(ratio < _EPSILON, ratio + _EPSILON, ratio)
+        ctx.save_for_backward(ratio)
+        inverse_sigmoid = -torch.log(1 / ratio - 1)
+        return F.binary_cross_entropy_with_logits(
+            inverse_sigmoid, torch.ones_like(inverse_sigmoid), reduction="none")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        ratio, = ctx.saved_tensors
+        return -grad / ratio
 
 
 def negative_log(ratio: Tensor) -> Tensor:
@@ -27,48 +48,44 @@ def negative_log(ratio: Tensor) -> Tensor:
     Returns:
         Same shape, binary cross entropy of the inverse sigmoid of the ratio against 1.
     """
-    for _ in range(3):
-        ratio = torch.where(ratio >= 1 - _EPSILON, ratio - _EPSILON, ratio)
-    ratio = torch.where(ratio < _EPSILON, ratio + _EPSILON, ratio)
-    inverse_sigmoid = -torch.log(1 / ratio - 1)
-    return F.binary_cross_entropy_with_logits(inverse_sigmoid, torch.ones_like(inverse_sigmoid), reduction="none")
+    return _NegativeLog.apply(ratio)
 
 
-def _ratio(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.to(dtype) / (whole.to(dtype) + _EPSILON)
+def _negative_logs(parts: list[Tensor], wholes: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """:func:`negative_log` of every part / (whole + 1e-5), in one pass."""
+    wholes = torch.stack([whole.to(parts[0].dtype) for whole in wholes]).to(dtype)
+    return negative_log(torch.stack(parts).to(dtype) / (wholes + _EPSILON)).unbind(0)
 
 
 def semantic_affinity(sums: ClassSums) -> tuple[Tensor, Tensor]:
-    """Semantic affinity from the sums of a distribution.
+    """Semantic affinity from the sums of one or several distributions, [..., K].
 
     Returns:
-        The loss, 0 if no class is present, and the number of classes that are present; the last class (free space)
-        never counts.
+        The losses [...], 0 where no class is present, and the numbers [...] of classes that are present; the last class
+        (free space) never counts.
     """
-    probability, hit, count = sums.probability[:-1], sums.hit[:-1], sums.count[:-1]
-    others = sums.num_valid - count
-    precision = negative_log(_ratio(hit, probability, sums.dtype))
-    recall = negative_log(_ratio(hit, count, sums.dtype))
-    specificity = negative_log(_ratio(others - (probability - hit), others, sums.dtype))
+    probability, hit, count = sums.probability[..., :-1], sums.hit[..., :-1], sums.count[..., :-1]
+    others = sums.num_valid[..., None] - count
+    precision, recall, specificity = _negative_logs(
+        [hit, hit, others - (probability - hit)], [probability, count, others], sums.dtype)
     # "<= 0" and not "> 0": NaN must not be taken for an empty sum
     per_class = (torch.where(probability <= 0, 0, precision) + recall + torch.where(others <= 0, 0, specificity))
     present = count > 0
-    num_present = present.sum()
-    return torch.where(present, per_class, 0).sum() / num_present.clamp(min=1), num_present
+    num_present = present.sum(-1)
+    return torch.where(present, per_class, 0).sum(-1) / num_present.clamp(min=1), num_present
 
 
 def geometric_affinity(sums: ClassSums, empty_index: int) -> Tensor:
-    """Geometric affinity from the sums of a distribution; arguments as :func:`geometric_affinity_loss`."""
-    classes = sums.count.numel()
+    """Geometric affinities [...] from the sums of one or several distributions, see :func:`geometric_affinity_loss`."""
+    classes = sums.count.shape[-1]
     if not 0 <= empty_index < classes:
         raise ValueError(f"empty_index must be 0..{classes - 1}, the logits have {classes} classes, got {empty_index}")
-    empty, hit_empty = sums.probability[empty_index], sums.hit[empty_index]
-    count_empty = sums.count[empty_index]
+    empty, hit_empty = sums.probability[..., empty_index], sums.hit[..., empty_index]
+    count_empty = sums.count[..., empty_index]
     count_filled = sums.num_valid - count_empty
     hit_filled = count_filled - (empty - hit_empty)
-    return (negative_log(_ratio(hit_filled, sums.num_valid - empty, sums.dtype))
-            + negative_log(_ratio(hit_filled, count_filled, sums.dtype))
-            + negative_log(_ratio(hit_empty, count_empty, sums.dtype)))
+    return sum(_negative_logs([hit_filled, hit_filled, hit_empty],
+                              [sums.num_valid - empty, count_filled, count_empty], sums.dtype))
 
 
 def semantic_affinity_loss(logits: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmdet3d.models.losses.labelled import label_voxels
+from mmdet3d.models.losses.labelled import LabelledVoxels, label_voxels
 from mmdet3d.registry import LOSSES
 
 # Logarithms are taken of max(., smallest normal float32) in every precision, as mmcv's CUDA operator does: a confident
@@ -118,19 +118,23 @@ class CustomFocalLoss(nn.Module):
         Raises:
             ValueError: shapes disagree with each other or with ``bev_w``, ``bev_h``, or a label is out of range.
         """
-        radial = self.radial_weight
-        if logits.dim() == 5 and logits.shape[1:3] != radial.shape:
-            raise ValueError(f"CustomFocalLoss was built for X, Y = bev_w, bev_h = {list(radial.shape)}, "
+        if logits.dim() == 5 and logits.shape[1:3] != self.radial_weight.shape:
+            raise ValueError(f"CustomFocalLoss was built for X, Y = bev_w, bev_h = {list(self.radial_weight.shape)}, "
                              f"got logits {list(logits.shape)} [B, X, Y, Z, K]")
-        if class_weights is not None and class_weights.shape != logits.shape[-1:]:
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.of_voxels(label_voxels(logits, target, ignore_index), class_weights)
+
+    def of_voxels(self, voxels: LabelledVoxels, class_weights: Tensor | None = None) -> Tensor:
+        """Loss of one scale of this size whose logits and labels are laid out already, see :meth:`forward`."""
+        logits = voxels.logits
+        if class_weights is None:
+            class_weights = logits.new_ones(logits.shape[-1])
+        elif class_weights.shape != logits.shape[-1:]:
             raise ValueError(f"class_weights must be [{logits.shape[-1]}], one per logit, "
                              f"got {list(class_weights.shape)}")
-        with torch.autocast(logits.device.type, enabled=False):
-            voxels = label_voxels(logits, target, ignore_index)
-            dtype = voxels.logits.dtype
-            if class_weights is None:
-                class_weights = voxels.logits.new_ones(logits.shape[-1])
-            voxel_weight = radial.to(dtype)[None, :, :, None].expand(target.shape).reshape(voxels.labels.shape)
-            total = _SigmoidFocal.apply(voxels.logits, voxels.labels, voxels.valid, voxel_weight,
-                                        class_weights.to(voxels.logits), self.gamma, self.alpha)
-            return voxels.or_blank(self.loss_weight * total / voxels.num_valid.clamp(min=1))
+        (rows, columns), (x, y) = voxels.labels.shape, self.radial_weight.shape
+        voxel_weight = self.radial_weight.to(logits.dtype)[None, :, :, None]
+        voxel_weight = voxel_weight.expand(rows // x, -1, -1, columns // y).reshape(rows, columns)
+        total = _SigmoidFocal.apply(logits, voxels.labels, voxels.valid, voxel_weight, class_weights.to(logits),
+                                    self.gamma, self.alpha)
+        return voxels.or_blank(self.loss_weight * total / voxels.num_valid.clamp(min=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +70,13 @@ def label_voxels(logits: Tensor, target: Tensor, ignore_index: int = 255) -> Lab
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Sums of a class distribution P over the valid voxels, [K] each.
+    """Sums of a class distribution P over the valid voxels, [K] each; [S, K] for S distributions.
 
     Attributes:
         probability: float64, sum of P_k.
         hit: float64, sum of P_k over the voxels whose label is k.
         count: int64, number of voxels whose label is k.
-        num_valid: [] int64, number of valid voxels.
+        num_valid: [] or [S] int64, number of valid voxels.
         dtype: Precision of the distribution, in which the losses are computed.
     """
 
@@ -84,6 +85,12 @@ class ClassSums:
     count: Tensor
     num_valid: Tensor
     dtype: torch.dtype
+
+    @classmethod
+    def stack(cls, sums: Sequence[ClassSums]) -> ClassSums:
+        """The sums of several distributions over the same classes."""
+        return cls(*(torch.stack([getattr(one, name) for one in sums])
+                     for name in ("probability", "hit", "count", "num_valid")), sums[0].dtype)
 
 
 class _ClassSums(torch.autograd.Function):

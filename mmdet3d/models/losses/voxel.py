@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmdet3d.models.losses.affinity import geometric_affinity, semantic_affinity
 from mmdet3d.models.losses.focal import CustomFocalLoss
-from mmdet3d.models.losses.labelled import class_sums, label_voxels
+from mmdet3d.models.losses.labelled import ClassSums, LabelledVoxels, class_sums, label_voxels
 from mmdet3d.models.losses.lovasz import lovasz_softmax
+
+
+class _Scale(NamedTuple):
+    """What one scale gives: the losses that need all its voxels, and the sums that the others need."""
+
+    voxels: LabelledVoxels
+    focal: Tensor
+    sums: ClassSums
+    lovasz: Tensor
 
 
 class VoxelLosses(nn.Module):
@@ -63,22 +73,27 @@ class VoxelLosses(nn.Module):
         if not len(logits) == len(targets) == len(self.scale_weights):
             raise ValueError(f"expected logits and targets of {len(self.scale_weights)} scales, "
                              f"got {len(logits)} and {len(targets)}")
-        losses = {}
-        for scale in range(len(self.scale_weights)):
-            losses.update(self.losses_at_scale(scale, logits[scale], targets[scale]))
+        with torch.autocast(logits[0].device.type, enabled=False):
+            scales = [self._scale(scale, *pair) for scale, pair in enumerate(zip(logits, targets, strict=True))]
+            # The sums of all scales go through the affinities together: a few numbers each, but many small steps.
+            sums = ClassSums.stack([scale.sums for scale in scales])
+            semantic = list(zip(*(values.unbind(0) for values in semantic_affinity(sums)), strict=True))
+            geometric = geometric_affinity(sums, self.empty_index).unbind(0)
+            losses = {}
+            for i, (weight, scale) in enumerate(zip(self.scale_weights, scales, strict=True)):
+                tag = f"c_1_{2 ** i}"
+                losses[f"loss_voxel_ce_{tag}"] = weight * scale.focal
+                losses[f"loss_voxel_sem_scal_{tag}"] = weight * scale.voxels.or_blank(*semantic[i])
+                losses[f"loss_voxel_geo_scal_{tag}"] = weight * scale.voxels.or_blank(geometric[i])
+                losses[f"loss_voxel_lovasz_{tag}"] = weight * scale.voxels.or_blank(scale.lovasz)
         return losses
 
-    def losses_at_scale(self, scale: int, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The four losses of scale number ``scale`` (0 = finest); arguments as one entry of :meth:`forward`'s."""
-        weight, tag = self.scale_weights[scale], f"c_1_{2 ** scale}"
-        focal = self.focal[scale](logits, target, self.class_weights, self.ignore_index)
-        with torch.autocast(logits.device.type, enabled=False):
-            voxels = label_voxels(logits, target, self.ignore_index)
-            probability = voxels.logits.softmax(-1)             # one distribution and one set of sums for all three
-            sums = class_sums(probability, voxels)
-            return {
-                f"loss_voxel_ce_{tag}": weight * focal,
-                f"loss_voxel_sem_scal_{tag}": weight * voxels.or_blank(*semantic_affinity(sums)),
-                f"loss_voxel_geo_scal_{tag}": weight * voxels.or_blank(geometric_affinity(sums, self.empty_index)),
-                f"loss_voxel_lovasz_{tag}": weight * voxels.or_blank(lovasz_softmax(probability, voxels)),
-            }
+    def _scale(self, scale: int, logits: Tensor, target: Tensor) -> _Scale:
+        radial = self.focal[scale].radial_weight
+        if logits.dim() == 5 and logits.shape[1:3] != radial.shape:
+            raise ValueError(f"scale {scale} has X, Y = {list(radial.shape)}, got logits {list(logits.shape)} "
+                             "[B, X, Y, Z, K]")
+        voxels = label_voxels(logits, target, self.ignore_index)
+        probability = voxels.logits.softmax(-1)             # one distribution and one set of sums for all three
+        return _Scale(voxels, self.focal[scale].of_voxels(voxels, self.class_weights), class_sums(probability, voxels),
+                      lovasz_softmax(probability, voxels))
