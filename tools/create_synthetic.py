@@ -1,11 +1,11 @@
 """Make a small driving world in the nuScenes format, without any download.
 
     python tools/create_synthetic.py --out data/synthetic
-    python tools/create_data.py --root data/synthetic --version v1.0-mini
+    python tools/create_synthetic.py --small --out data/synthetic-small
 
-Writes images of six cameras, lidar points, Occ3D and OpenOcc labels, the nuScenes tables and CAN bus poses. The same
-options always give the same files; an interrupted run is continued by the same command. docs/data_synthetic.md says
-what is in the world.
+Writes images of six cameras, lidar points, Occ3D and OpenOcc labels with the coarse ones, the nuScenes tables, CAN bus
+poses and the info files: all that the configs for it read. The same options always give the same files; an interrupted
+run is continued by the same command. docs/data_synthetic.md says what is in the world.
 """
 
 import argparse
@@ -30,9 +30,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     from mmdet3d.datasets.converters.parallel import available_cpus
     from mmdet3d.datasets.synthetic.names import VERSIONS
+    from mmdet3d.datasets.synthetic.prepare import SMALL
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", default="data/synthetic", help="a new folder (%(default)s)")
+    parser.add_argument("--small", action="store_true",
+                        help=f"{len(SMALL.scenes)} scenes of {SMALL.frames} frames, to try things; no other option "
+                             "about the content goes with it")
     parser.add_argument("--scenes", type=int, default=4, metavar="N", help="a quarter are val scenes (%(default)s)")
     parser.add_argument("--frames", type=int, default=8, metavar="N", help="key frames per scene (%(default)s)")
     parser.add_argument("--image-size", type=image_size, default=(800, 450), metavar="WxH",
@@ -42,7 +46,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="of the tables, and so whose scene names are used (%(default)s)")
     parser.add_argument("--workers", type=int, default=available_cpus(), metavar="N",
                         help="processes; 0 uses none but this (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    content = ("scenes", "frames", "image_size", "seed", "version")
+    if args.small and (given := [name for name in content if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"--small says what to write; it does not go with --{given[0].replace('_', '-')}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,21 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tqdm import tqdm
 
-    from mmdet3d.datasets.synthetic.generate import write_dataset
     from mmdet3d.datasets.synthetic.names import scene_names
+    from mmdet3d.datasets.synthetic.prepare import SMALL, prepare_dataset
     from mmdet3d.datasets.synthetic.scene import WorldSettings
 
     start = time.perf_counter()
     try:
-        settings = WorldSettings(scene_names(args.version, args.scenes), args.frames, args.image_size, args.seed,
-                                 args.version)
-        with tqdm(total=args.scenes * args.frames, unit="frame", disable=None) as bar:
-            write_dataset(args.out, settings, args.workers, bar.update)
+        settings = SMALL if args.small else WorldSettings(scene_names(args.version, args.scenes), args.frames,
+                                                          args.image_size, args.seed, args.version)
+        frames = len(settings.scenes) * settings.frames
+        with tqdm(total=frames, unit="frame", disable=None) as bar:
+            infos = prepare_dataset(args.out, settings, args.workers, bar.update)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: {args.scenes} scenes, {args.scenes * args.frames} key frames in "
-          f"{time.perf_counter() - start:.0f} s")
+    print(f"{args.out}: {len(settings.scenes)} scenes, {frames} key frames in {time.perf_counter() - start:.0f} s")
+    print("info files: " + ", ".join(map(str, infos.values())))
     return 0
 
 

@@ -3,9 +3,9 @@
     python tools/infer.py config/stcocc/stcocc-r50-16f-openocc-12e.py --checkpoint work_dirs/run/latest.pth \
         --infos data/nuscenes/stcocc-nuscenes_infos_val.pkl --limit 10
 
-Without --infos it draws a short drive by itself and runs on that; without --checkpoint the weights are random, which
-shows that everything works but predicts nothing. For each frame it writes <out>/<scene>/<token>.npz (semantics, flow)
-and <out>/<scene>/<token>.png, and at the end <out>/summary.json.
+Without --infos it runs on a small synthetic data set, which it makes first if it is not there; without --checkpoint the
+weights are random, which shows that everything works but predicts nothing. For each frame it writes
+<out>/<scene>/<token>.npz (semantics, flow) and <out>/<scene>/<token>.png, and at the end <out>/summary.json.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -25,7 +26,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; default: random ones")
     parser.add_argument("--allow-unsafe-checkpoint", action="store_true",
                         help="read a checkpoint that could run code: only from people you trust")
-    parser.add_argument("--infos", metavar="FILE", help="info pickle; default: a drawn drive of three frames")
+    parser.add_argument("--infos", metavar="FILE", help="info pickle; default: the val part of data/synthetic-small")
     parser.add_argument("--out", metavar="DIR", default="outputs/infer", help="where to write (%(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a CUDA device if there is one")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N frames")
@@ -70,21 +71,33 @@ def draw(path: Path, frame, semantics, flow, settings, notes: list[str]) -> None
     save_png(picture, path)
 
 
+def synthetic_frames(folder: Path) -> Path:
+    """Info file of the small synthetic data set in ``folder``, which is made if it is not there."""
+    from tqdm import tqdm
+
+    from mmdet3d.datasets.converters.parallel import available_cpus
+    from mmdet3d.datasets.synthetic.prepare import INFO_FILE, SMALL, prepare_dataset
+
+    info_file = folder / INFO_FILE.format(split="val")
+    if not info_file.is_file():
+        say(f"no --infos: making a small synthetic data set in {folder}")
+        with tqdm(total=len(SMALL.scenes) * SMALL.frames, unit="frame", disable=not sys.stderr.isatty()) as bar:
+            prepare_dataset(folder, SMALL, available_cpus(), bar.update)
+    return info_file
+
+
 def run(args: argparse.Namespace) -> dict:
     """Predict all frames; the summary."""
     import torch
     from tqdm import tqdm
 
     from mmdet3d.apis.inference import FrameSettings, init_model, load_config, open_frames, predict
-    from mmdet3d.datasets.synthetic.demo_frame import write_demo
     from mmdet3d.utils.files import prediction_path, save_prediction
 
     out = Path(args.out)
     cfg = load_config(args.config)
     settings = FrameSettings.from_config(cfg)
-    if args.infos is None:
-        say("no --infos: drawing a short drive")
-    info_file = args.infos or write_demo(out / "demo_frames")
+    info_file = args.infos or synthetic_frames(ROOT / "data" / "synthetic-small")
     frames = open_frames(cfg, info_file)  # before the model, which takes longer to find fault with
     count = min(len(frames), args.limit or len(frames))
     model = init_model(cfg, args.checkpoint, args.device, seed=args.seed, allow_unsafe=args.allow_unsafe_checkpoint)
@@ -92,7 +105,7 @@ def run(args: argparse.Namespace) -> dict:
     if model.random_weights:
         say("no --checkpoint: the weights are random, the results mean nothing")
     device = str(next(model.parameters()).device)
-    notes = [weights, Path(args.config).stem, settings.labels.name, "drawn images" if args.infos is None else ""]
+    notes = [weights, Path(args.config).stem, settings.labels.name]
     records, memory = [], None
     for frame in tqdm(prefetch(frames, count), total=count, unit="frame", disable=not sys.stderr.isatty()):
         prediction = prediction_path(out, frame.scene, frame.token)
@@ -107,7 +120,7 @@ def run(args: argparse.Namespace) -> dict:
                   "seconds": round(seconds, 4), "occupied_voxels": int((semantics != settings.labels.free_index).sum())}
         if not args.no_picture:
             picture = prediction.with_suffix(".png")
-            draw(picture, frame, semantics, flow, settings, [note for note in notes if note])
+            draw(picture, frame, semantics, flow, settings, notes)
             record["picture"] = str(picture)
         say(record.get("picture", record["prediction"]))
         records.append(record)

@@ -1,6 +1,7 @@
 """A tiny STCOcc that a CPU can train: the same modules, 64 x 176 images, 40 x 40 x 8 voxels of 2 m x 2 m x 0.8 m.
 
-For tests and for the built-in synthetic world; its scores say nothing about nuScenes.
+For tests and for the built-in synthetic world, which ``python tools/create_synthetic.py --out data/synthetic`` makes;
+its scores say nothing about nuScenes. The labels are those of the files, coarsened while they are loaded.
 """
 _base_ = ["../_base_/datasets/nus-3d.py", "../_base_/datasets/occupancy_steps.py", "../_base_/default_runtime.py",
           "../_base_/schedule.py", "../_base_/stcocc_r50.py"]
@@ -10,9 +11,21 @@ num_classes = 17
 foreground_idx = [0, 1, 2, 3, 4, 5, 6, 7]
 load_from = None
 
-data_config = dict(input_size=(64, 176), resize=(-0.02, 0.04))
+# A whole data_config of its own: a value of a base file would be the one before this file changes it.
+data_config = dict(
+    cams=["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"],
+    Ncams=6,
+    input_size=(64, 176),
+    src_size=(450, 800),
+    resize=(-0.02, 0.04),
+    rot=(-5.4, 5.4),
+    flip=True,
+    crop_h=(0.0, 0.0),
+    resize_test=0.0,
+)
 input_size = (64, 176)
-# Finest stage; labels are twice as fine: 40 x 40 x 8.
+# Finest stage; labels are twice as fine: 40 x 40 x 8, blocks of 5 x 5 x 2 voxels of the files.
+coarsen = (5, 5, 2)
 grid_config = dict(x=[-40, 40, 4.0], y=[-40, 40, 4.0], z=[-1, 5.4, 1.6], depth=[1.0, 45.0, 2.0])
 bev_h, bev_w, bev_z = 20, 20, 4
 channels, context_channels = 16, 8
@@ -82,6 +95,38 @@ model = dict(
     flow_head=dict(type="OccFlowHead", in_channels=channels, out_channels=channels, num_classes=num_classes,
                    foreground_idx=foreground_idx),
 )
+
+train_pipeline = [
+    dict(type="PrepareImageInputs", is_train=True, data_config=data_config, sequential=True),
+    dict(type="LoadOccGTFromFileOpenOcc", scale_1_2=True, scale_1_4=True, compute_scales=True, coarsen=coarsen),
+    dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=True),
+    {{_base_.load_points}},
+    dict(type="PointToMultiViewDepth", downsample=1, grid_config=grid_config),
+    dict(type="DefaultFormatBundle3D", class_names={{_base_.class_names}}),
+    dict(type="Collect3D", keys=["img_inputs", "gt_depth", "voxel_semantics", "voxel_semantics_1_2",
+                                 "voxel_semantics_1_4", "voxel_flows"]),
+]
+test_pipeline = [
+    dict(type="PrepareImageInputs", is_train=False, data_config=data_config, sequential=True),
+    dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=False),
+    dict(type="MultiScaleFlipAug3D", img_scale=(1333, 800), pts_scale_ratio=1, flip=False, transforms=[
+        dict(type="DefaultFormatBundle3D", class_names={{_base_.class_names}}, with_label=False),
+        dict(type="Collect3D", keys=["img_inputs"]),
+    ]),
+]
+
+data_root = "data/synthetic/"
+shared = dict(data_root=data_root, dataset_name=dataset_name, label_options=dict(coarsen=coarsen))
+test_dataset = dict(ann_file=data_root + "stcocc-nuscenes_infos_val.pkl", pipeline=test_pipeline, **shared)
+data = dict(
+    samples_per_gpu=1,
+    workers_per_gpu=2,
+    test_dataloader=dict(runner_type="IterBasedRunnerEval"),
+    train=dict(ann_file=data_root + "stcocc-nuscenes_infos_train.pkl", pipeline=train_pipeline, **shared),
+    val=test_dataset,
+    test=test_dataset,
+)
+
 lr_config = dict(policy="step", warmup="linear", warmup_iters=20, warmup_ratio=0.001, step=[400])
 runner = dict(type="IterBasedRunner", max_iters=400)
 checkpoint_config = dict(interval=100)

@@ -1,5 +1,8 @@
 """Building a model for use, the settings that frames follow, and running frame after frame, with a stub model."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,10 @@ import mmdet3d.models
 from mmdet3d.apis.inference import FrameSettings, choose_device, init_model, load_config, open_frames, predict
 from mmdet3d.datasets.infos import DataError
 from mmdet3d.datasets.labels import OCC3D, OPENOCC
-from mmdet3d.datasets.synthetic.demo_frame import write_demo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "datasets"))
+
+import data_world  # noqa: E402
 
 CONFIG = """
 data_config = dict(cams=["CAM_FRONT", "CAM_BACK"], Ncams=2, input_size=(32, 64))
@@ -64,7 +70,7 @@ def test_checkpoint_is_loaded_strictly(config, tmp_path):
 
 
 def test_frames_stream_through_the_model(config, tmp_path, device):
-    info_file = write_demo(tmp_path / "drive", frames=2, shrink=20)
+    info_file = data_world.make_world(tmp_path / "drive", lengths=(2,))
     model, memory, counts = init_model(config, device=device), None, []
     for frame in open_frames(model, info_file):
         result, memory = predict(model, frame, memory)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from PIL import Image
 from torch import nn
 
 import mmdet3d.models
-from mmdet3d.datasets.synthetic.demo_frame import demo_infos, write_demo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "datasets"))
+
+import data_world  # noqa: E402
 
 CONFIG = """
-data_config = dict(cams=["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK",
-                         "CAM_BACK_RIGHT"], input_size=(32, 64))
+data_config = dict(cams=["CAM_FRONT", "CAM_BACK"], input_size=(32, 64))
 point_cloud_range = [-6.0, -5.0, -1.0, 6.0, 5.0, 3.0]
 model = dict(type="Stub", occupancy_head=dict(num_classes=17))
 data = dict(test=dict(dataset_name="openocc"))
@@ -48,30 +51,31 @@ def infer():
 def setup(tmp_path, monkeypatch):
     monkeypatch.setattr(mmdet3d.models, "build_model", Stub)
     (tmp_path / "tiny.py").write_text(CONFIG)
-    info_file = write_demo(tmp_path / "drive", frames=3, shrink=20)
+    info_file = data_world.make_world(tmp_path / "drive", lengths=(3,))
     return [str(tmp_path / "tiny.py"), "--infos", str(info_file), "--device", "cpu", "--out", str(tmp_path / "out")]
 
 
 def test_predictions_pictures_and_summary(infer, setup, tmp_path, capsys):
     assert infer.main([*setup, "--limit", "2"]) == 0
-    folder = tmp_path / "out" / "demo-scene"
-    assert sorted(p.name for p in folder.iterdir()) == ["demo0000.npz", "demo0000.png", "demo0001.npz", "demo0001.png"]
-    with np.load(folder / "demo0001.npz") as saved:
+    folder = tmp_path / "out" / "scene-0"
+    names = [f"scene-0-{frame}.{kind}" for frame in (0, 1) for kind in ("npz", "png")]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    with np.load(folder / "scene-0-1.npz") as saved:
         assert saved["semantics"].shape == (12, 10, 4) and saved["semantics"].dtype == np.uint8
         assert saved["flow"].shape == (12, 10, 4, 2) and saved["flow"].dtype == np.float16
-    assert Image.open(folder / "demo0001.png").width > 1000
+    assert Image.open(folder / "scene-0-1.png").width > 1000
     text = capsys.readouterr().out
-    assert str(folder / "demo0000.png") in text and "weights are random" in text and "2 frames on cpu" in text
+    assert str(folder / "scene-0-0.png") in text and "weights are random" in text and "2 frames on cpu" in text
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["random_weights"] and summary["dataset_name"] == "openocc" and summary["device"] == "cpu"
-    assert [frame["token"] for frame in summary["frames"]] == ["demo0000", "demo0001"]
+    assert [frame["token"] for frame in summary["frames"]] == ["scene-0-0", "scene-0-1"]
     assert Path(summary["frames"][0]["picture"]).is_file() and summary["frames"][0]["occupied_voxels"] > 0
 
 
 def test_a_frame_depends_on_the_seed_and_itself(infer, setup, tmp_path):
     def semantics(*extra):
         assert infer.main([*setup, "--no-picture", *extra]) == 0
-        with np.load(tmp_path / "out" / "demo-scene" / "demo0000.npz") as saved:
+        with np.load(tmp_path / "out" / "scene-0" / "scene-0-0.npz") as saved:
             return saved["semantics"]
 
     first, again, other = semantics(), semantics("--limit", "1"), semantics("--limit", "1", "--seed", "9")
@@ -79,11 +83,21 @@ def test_a_frame_depends_on_the_seed_and_itself(infer, setup, tmp_path):
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_without_infos_a_drive_is_drawn(infer, setup, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmdet3d.datasets.synthetic.demo_frame.write_demo", lambda folder: write_demo(folder, 1, 20))
+def test_without_infos_a_small_data_set_is_made_once(infer, setup, tmp_path, monkeypatch, capsys):
+    made = []
+
+    def prepare(folder, settings, workers, on_frame):
+        made.append(settings.frames)
+        data_world.make_world(folder, lengths=(2,)).rename(folder / "stcocc-nuscenes_infos_val.pkl")
+
+    monkeypatch.setattr("mmdet3d.datasets.synthetic.prepare.prepare_dataset", prepare)
+    monkeypatch.setattr(infer, "ROOT", tmp_path)
     arguments = [argument for argument in setup if argument not in setup[1:3]]
-    assert infer.main([*arguments, "--no-picture"]) == 0
-    assert (tmp_path / "out" / "demo_frames" / "demo_infos.pkl").is_file()
+    for _ in range(2):
+        assert infer.main([*arguments, "--no-picture"]) == 0
+    assert made == [4] and "making a small synthetic data set" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["infos"] == str(tmp_path / "data/synthetic-small/stcocc-nuscenes_infos_val.pkl")
 
 
 def test_errors_are_one_line(infer, setup, tmp_path, capsys):
@@ -98,20 +112,21 @@ def test_errors_are_one_line(infer, setup, tmp_path, capsys):
     assert "info file not found" in error(*setup, "--infos", str(tmp_path / "none.pkl"))
     assert "none.pth" in error(*setup, "--checkpoint", str(tmp_path / "none.pth"))
     assert "'warp' is not a device" in error(*setup, "--device", "warp")
-    (tmp_path / "drive/samples/CAM_BACK/demo0000.jpg").write_bytes(b"broken")
-    assert "sample demo0000, CAM_BACK: cannot read image" in error(*setup)
+    (tmp_path / "drive/samples/CAM_BACK_scene-0-0.png").write_bytes(b"broken")
+    assert "sample scene-0-0, CAM_BACK: cannot read image" in error(*setup)
     with pytest.raises(ValueError, match="not a device"):
         infer.main([*setup, "--device", "warp", "--debug"])
     with pytest.raises(SystemExit, match="2"):
         infer.main([*setup, "--limit", "0"])
 
 
-@pytest.mark.parametrize("change", [{"token": "../../evil"}, {"occ_path": "gts/../demo0000"}, {"token": "a b"}])
+@pytest.mark.parametrize("change", [{"token": "../../evil"}, {"occ_path": "gts/../scene-0-0"}, {"token": "a b"}])
 def test_names_of_an_info_file_cannot_lead_elsewhere(infer, setup, tmp_path, capsys, change):
-    infos = demo_infos(1)
+    infos = pickle.loads((tmp_path / "drive" / "infos.pkl").read_bytes())["infos"]
     infos[0].update(change)
     path = tmp_path / "drive" / "evil.pkl"
     path.write_bytes(pickle.dumps({"infos": infos}))
+    before = sorted(tmp_path.rglob("*.npz"))
     assert infer.main([*setup, "--infos", str(path)]) == 2
     assert "cannot be used as a file name" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.npz"))
+    assert sorted(tmp_path.rglob("*.npz")) == before

@@ -96,7 +96,8 @@ class Machine:
         self.source = self.root / "mmdet3d/ops/lift/src/lift.cpp"
         self.source.parent.mkdir(parents=True)
         self.source.write_text("int lift();")
-        (self.root / "tools/infer.py").write_text("import sys\nprint('infer', *sys.argv[1:])\n")
+        for tool in ("infer", "create_synthetic", "visualize"):
+            (self.root / f"tools/{tool}.py").write_text(f"import sys\nprint('{tool}', *sys.argv[1:])\n")
 
     def _lay_out_packages(self):
         for name in ("torch", "torchvision", "cv2", "einops", "matplotlib", "mmdet", "mmseg", "numpy", "nuscenes",
@@ -407,6 +408,12 @@ def test_callers_pass_on_what_is_not_for_the_set_up(machine):
     assert result.returncode == 0, result.stderr
     config = machine.root / "config/stcocc/stcocc-r50-16f-openocc-12e.py"
     assert result.stdout == f"infer {config} --out {machine.root}/outputs/quickstart --infos my frames.pkl\n"
+    own = machine.run("--seed", "3", "--out", "my pictures", script="quickstart.sh")
+    infos = f"{machine.root}/data/synthetic-small/stcocc-nuscenes_infos_val.pkl"
+    assert own.stdout.splitlines() == [
+        f"create_synthetic --small --out {machine.root}/data/synthetic-small",
+        f"infer {config} --infos {infos} --out my pictures --seed 3 --out my pictures",
+        f"visualize --infos {infos} --index 0 --pred my pictures --voxels --out my pictures/truth"]
     assert machine.run("-k", "a or b", script="run_tests.sh").stdout == f"pytest {machine.root} -k a or b\n"
     assert "usage:" in machine.run("--help", script="quickstart.sh").stdout
 

@@ -102,7 +102,12 @@ def draw_legend(labels: LabelSet, width: int, present: Sequence[int] | None = No
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
     """Write a PNG under a temporary name and rename it, so that no half-written picture is ever seen."""
+    return save_image(image, path, "PNG")
+
+
+def save_image(image: Image.Image, path: str | os.PathLike, kind: str, **options) -> Path:
+    """Write an image of a format of Pillow (``PNG``, ``JPEG``, ``GIF``) with its options, whole or not at all."""
     path = Path(path)
     with atomic_write(path) as file:
-        image.save(file, format="PNG")
+        image.save(file, format=kind, **options)
     return path

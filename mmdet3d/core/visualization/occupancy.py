@@ -15,7 +15,7 @@ __all__ = ["View", "compose_frame", "render_3d", "render_bev", "save_png"]
 _ROWS = (CAMERAS[:3], CAMERAS[3:])
 
 
-def _camera_panel(images: Mapping[str, Image.Image], width: int, gap: int) -> Image.Image:
+def camera_panel(images: Mapping[str, Image.Image], width: int, gap: int) -> Image.Image:
     """Two rows of three cameras: in front from left to right, behind from left to right."""
     cell_w = (width - 2 * gap) // 3
     first = next(iter(images.values()))
@@ -33,7 +33,12 @@ def _camera_panel(images: Mapping[str, Image.Image], width: int, gap: int) -> Im
     return panel
 
 
-def _as_images(images: Mapping[str, Image.Image] | Sequence[Image.Image]) -> dict[str, Image.Image]:
+def as_images(images: Mapping[str, Image.Image] | Sequence[Image.Image]) -> dict[str, Image.Image]:
+    """Images by camera name, of a mapping or of six in order.
+
+    Raises:
+        ValueError: another number of images, or an unknown camera.
+    """
     if not isinstance(images, Mapping):
         if len(images) != len(CAMERAS):
             raise ValueError(f"images: expected {len(CAMERAS)} in the order {CAMERAS}, got {len(images)}")
@@ -65,7 +70,7 @@ def compose_frame(images: Mapping[str, Image.Image] | Sequence[Image.Image], sem
     Raises:
         ValueError: arrays that do not fit, unknown labels or cameras.
     """
-    images = _as_images(images)
+    images = as_images(images)
     margin, gap = width // 80, max(4, width // 240)
     inner = width - 2 * margin
     side = round(inner * 0.345)
@@ -79,16 +84,16 @@ def compose_frame(images: Mapping[str, Image.Image] | Sequence[Image.Image], sem
     draw_tag(bev, "bird's-eye view", max(9, width // 128))
     present = np.unique(semantics).tolist()
     legend = draw_legend(label_set, inner, present, size=max(9, width // 116))
-    parts = [_camera_panel(images, inner, gap)] if images else []
+    parts = [camera_panel(images, inner, gap)] if images else []
     lower = Image.new("RGB", (inner, side), PAPER)
     lower.paste(space, (0, 0))
     lower.paste(bev, (inner - side + (side - bev.width) // 2, (side - bev.height) // 2))
     parts += [lower, legend]
-    return _stack(parts, _header(title, notes, inner), margin, gap)
+    return stack_parts(parts, frame_header(title, notes, inner), margin, gap)
 
 
-def _header(title: str, notes: Sequence[str], width: int) -> Image.Image | None:
-    """Title and notes, one line each."""
+def frame_header(title: str, notes: Sequence[str], width: int) -> Image.Image | None:
+    """Title and notes, one line each; None without either."""
     size = width // 76
     lines = [(title, font(size, bold=True), INK)] if title else []
     lines += [("  |  ".join(notes), font(round(size * 0.72)), (95, 98, 108))] if notes else []
@@ -101,7 +106,8 @@ def _header(title: str, notes: Sequence[str], width: int) -> Image.Image | None:
     return image
 
 
-def _stack(parts: list[Image.Image], header: Image.Image | None, margin: int, gap: int) -> Image.Image:
+def stack_parts(parts: list[Image.Image], header: Image.Image | None, margin: int, gap: int) -> Image.Image:
+    """Parts of equal width below each other, with a margin around and gaps between."""
     parts = [header, *parts] if header is not None else parts
     height = sum(part.height for part in parts) + gap * (len(parts) - 1) + 2 * margin
     picture = Image.new("RGB", (parts[0].width + 2 * margin, height), PAPER)
