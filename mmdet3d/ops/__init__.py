@@ -2,18 +2,34 @@
 
 from .bev_pool_v2 import PoolOrder, bev_pool_v2, bev_pool_v2_reference, sort_by_cell
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
+from .oa_cross_attention import (
+    DepthFit,
+    assign_queries,
+    assign_queries_reference,
+    depth_consistency,
+    depth_consistency_reference,
+    oa_cross_attention,
+    oa_cross_attention_reference,
+)
 from .plane_sweep import plane_sweep, plane_sweep_reference
 from .ray_cast import RayHits, ray_cast, ray_cast_reference
 from .resize_crop import resize_crop, resize_crop_reference
 from .upsample_mlp import upsample_mlp, upsample_mlp_reference
 
 __all__ = [
+    "DepthFit",
     "PoolOrder",
     "RayHits",
+    "assign_queries",
+    "assign_queries_reference",
     "bev_pool_v2",
     "bev_pool_v2_reference",
+    "depth_consistency",
+    "depth_consistency_reference",
     "ms_deform_attn",
     "ms_deform_attn_reference",
+    "oa_cross_attention",
+    "oa_cross_attention_reference",
     "plane_sweep",
     "plane_sweep_reference",
     "ray_cast",
