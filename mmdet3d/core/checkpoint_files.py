@@ -57,14 +57,22 @@ def find_latest(work_dir: str | os.PathLike) -> Path | None:
 
     It is the one that ``latest.pth`` points to, or a later one that was completed after the link was set (the process
     ended between the two steps). A checkpoint that cannot be read is passed over with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be read; to begin anew would overwrite them.
     """
+    problems = []
     for path in _by_preference(Path(work_dir)):
         try:
             read_checkpoint(path)
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
+            problems.append(str(error))
             continue
         return path
+    if problems:
+        raise CheckpointError(f"{work_dir}: none of its {len(problems)} checkpoints can be read; the newest: "
+                              f"{problems[0]}")
     return None
 
 
@@ -127,7 +135,10 @@ def remove_leftovers(work_dir: str | os.PathLike) -> None:
                 logger.info("removed %s, left behind by a process that did not finish writing it", leftover)
                 leftover.unlink(missing_ok=True)
     if (work_dir / STATE_FOLDER).is_dir():
-        newest = find_latest(work_dir)
+        try:
+            newest = find_latest(work_dir)
+        except CheckpointError:
+            return  # somebody may want to repair them
         state = read_checkpoint(newest).get("training_state", {}) if newest else {}
         remove_other_rank_files(work_dir, state.get("rank_folder"))
 

@@ -89,8 +89,11 @@ def to_plain(value: Any, unknown: Callable[[Any], Any] | None = None) -> Any:
         return {to_plain(key, unknown): to_plain(entry, unknown) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return (list if isinstance(value, list) else tuple)(to_plain(entry, unknown) for entry in value)
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):  # versions and enumerations are subclasses, which only their package can read
+        if isinstance(value, kind):
+            return kind.__str__(value) if kind is str else kind(value)
     if unknown is None:
         raise TypeError(f"a checkpoint holds plain values only, got {type(value).__name__}: {value!r:.80}")
     return unknown(value)
@@ -185,10 +188,10 @@ def _save_main(runner: Any, path: Path, folder: str, finished: int, save_optimiz
 
 
 def _meta(runner: Any, model: Any, finished: int) -> dict[str, Any]:
-    meta = {**to_plain(runner.meta or {}, unknown=str), "epoch": 1, "iter": finished - 1, "time": time.asctime(),
+    meta = {**(runner.meta or {}), "epoch": 1, "iter": finished - 1, "time": time.asctime(),
             "mmcv_version": mmcv.__version__, "versions": versions()}
     classes = {name: getattr(model, name) for name in ("CLASSES", "PALETTE") if getattr(model, name, None) is not None}
-    return {**meta, **to_plain(classes, unknown=str)}
+    return to_plain({**meta, **classes}, unknown=str)
 
 
 def _training_state(runner: Any, folder: str, finished: int) -> dict[str, Any]:
