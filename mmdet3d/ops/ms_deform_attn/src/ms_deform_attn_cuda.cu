@@ -14,6 +14,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "fixed_point.cuh"
 #include "ms_deform_attn.h"
 
 namespace mmdet3d::ms_deform_attn {
@@ -133,8 +134,19 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Inputs<T> in, T
   }
 }
 
-template <typename Acc, int N>
-__device__ __forceinline__ void atomic_add(Acc* address, const Acc (&terms)[N]) {
+// Adds to an array of sums; their last bits depend on the order in which threads come.
+template <typename Acc>
+struct FloatSums {
+  Acc* __restrict__ at;
+
+  template <int N>
+  __device__ __forceinline__ void add(int64_t offset, const Acc (&terms)[N]) const;
+};
+
+template <typename Acc>
+template <int N>
+__device__ __forceinline__ void FloatSums<Acc>::add(int64_t offset, const Acc (&terms)[N]) const {
+  Acc* address = at + offset;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
   constexpr bool kTogether = std::is_same_v<Acc, float> && N == 4;
 #else
@@ -148,9 +160,9 @@ __device__ __forceinline__ void atomic_add(Acc* address, const Acc (&terms)[N]) 
   }
 }
 
-template <typename T, typename Acc, typename Index, int N>
+template <typename T, typename Acc, typename Index, int N, typename Sums>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(const Inputs<T> in, const T* __restrict__ grad_out, Acc* __restrict__ grad_value,
+    backward_kernel(const Inputs<T> in, const T* __restrict__ grad_out, const Sums grad_value,
                     T* __restrict__ grad_locations, T* __restrict__ grad_weights, Index threads) {
   const Index heads = in.sizes.heads, queries = in.sizes.queries, points = in.sizes.points;
   const Index samples_per_row = in.sizes.levels * in.sizes.points;
@@ -180,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
             dot[tap] += static_cast<Acc>(grad.at[c]) * static_cast<Acc>(pixel.at[c]);
             terms[c] = tap_weight * static_cast<Acc>(grad.at[c]);
           }
-          atomic_add<Acc, N>(grad_value + offset, terms);
+          grad_value.add(offset, terms);
         }
       }
 #pragma unroll
@@ -268,38 +280,63 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef spatial_shapes, cons
   return out;
 }
 
+// Everything of the backward pass but where the gradient of value is summed.
+template <typename T>
+struct BackwardPass {
+  Inputs<T> inputs;
+  const T* grad_out;
+  T* grad_locations;
+  T* grad_weights;
+  int64_t threads, largest_count;
+  bool vectors;
+
+  template <typename Sums>
+  void run(const Sums& grad_value) const {
+    using Acc = at::acc_type<T, true>;
+    launch(largest_count, vectors, [&](auto index, auto channels, const auto& blocks) {
+      constexpr int N = decltype(channels)::value;
+      backward_kernel<T, Acc, decltype(index), N, Sums>
+          <<<blocks(threads), kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+              inputs, grad_out, grad_value, grad_locations, grad_weights, static_cast<decltype(index)>(threads));
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  }
+};
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& value,
                                                         at::IntArrayRef spatial_shapes, const at::Tensor& locations,
                                                         const at::Tensor& weights) {
-  at::globalContext().alertNotDeterministic("ms_deform_attn_backward");
   const Sizes sizes = check_inputs(value, spatial_shapes, locations, weights);
   check_grad(grad_out, value, sizes);
   const c10::cuda::CUDAGuard guard(value.device());
-  // Sums of many terms: half precision adds them in float32.
-  const auto sum_type = at::toAccumulateType(value.scalar_type(), /*is_cuda=*/true);
-  at::Tensor grad_value = at::zeros(value.sizes(), value.options().dtype(sum_type));
-  at::Tensor grad_locations = at::empty(locations.sizes(), locations.options());
+  at::Tensor grad_value, grad_locations = at::empty(locations.sizes(), locations.options());
   at::Tensor grad_weights = at::empty(weights.sizes(), weights.options());
-  if (weights.numel() == 0) return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
+  if (weights.numel() == 0) return {at::zeros(value.sizes(), value.options()), grad_locations, grad_weights};
   const auto value_c = value.contiguous(), locations_c = locations.contiguous(), weights_c = weights.contiguous();
   const auto grad_out_c = grad_out.contiguous();
   const bool vectors = sizes.channels % kVector == 0 && aligned(value_c) && aligned(grad_out_c);
-  const auto stream = at::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn_backward", [&] {
         using Acc = at::acc_type<scalar_t, true>;
-        const auto inputs = make_inputs<scalar_t>(value_c, spatial_shapes, locations_c, weights_c, sizes);
-        const int64_t threads = weights.numel();
-        launch(std::max(threads, grad_out.numel()), vectors, [&](auto index, auto channels, const auto& blocks) {
-          constexpr int N = decltype(channels)::value;
-          backward_kernel<scalar_t, Acc, decltype(index), N><<<blocks(threads), kThreads, 0, stream>>>(
-              inputs, grad_out_c.const_data_ptr<scalar_t>(), grad_value.mutable_data_ptr<Acc>(),
-              grad_locations.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<scalar_t>(),
-              static_cast<decltype(index)>(threads));
-          C10_CUDA_KERNEL_LAUNCH_CHECK();
-        });
+        const BackwardPass<scalar_t> pass{
+            make_inputs<scalar_t>(value_c, spatial_shapes, locations_c, weights_c, sizes),
+            grad_out_c.const_data_ptr<scalar_t>(), grad_locations.mutable_data_ptr<scalar_t>(),
+            grad_weights.mutable_data_ptr<scalar_t>(), weights.numel(), std::max(weights.numel(), grad_out.numel()),
+            vectors};
+        if (at::globalContext().deterministicAlgorithms()) {
+          // A location adds at most once to an element, a product of a gradient, a weight and a share of at most 1.
+          const auto bound = fixed_point::largest_magnitude(grad_out_c) * fixed_point::largest_magnitude(weights_c);
+          fixed_point::Accumulator sums(value.sizes(), bound, sizes.queries * sizes.levels * sizes.points);
+          pass.run(sums.sums());
+          grad_value = sums.result(value.scalar_type());
+        } else {
+          // Sums of many terms: half precision adds them in float32.
+          grad_value = at::zeros(value.sizes(), value.options().dtype(c10::CppTypeToScalarType<Acc>::value));
+          pass.run(FloatSums<Acc>{grad_value.mutable_data_ptr<Acc>()});
+          grad_value = grad_value.to(value.scalar_type());
+        }
       });
-  return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
+  return {grad_value, grad_locations, grad_weights};
 }
 
 }  // namespace
