@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,46 @@ class VoxelGrid:
 
 
 @dataclass(frozen=True)
+class FrameCache:
+    """Image features of the newest frame in evaluation: at the next frame it is one of the earlier ones.
+
+    Attributes:
+        keys: For each batch slot, keys of the pictures of the newest frame and of the one before it; equal keys promise
+            equal pictures.
+        stereo: [B * N, C4, H4, W4] stereo features.
+        neck: [B * N, C, h, w] features of the neck.
+        matching: [B * N, D, h, w] stereo matching with the frame before; None without stereo.
+        sweep: Cameras that ``matching`` was computed with, on the CPU (a ``SweepGeometry``); None without stereo.
+    """
+
+    keys: tuple[tuple[Hashable, Hashable], ...]
+    stereo: Tensor
+    neck: Tensor
+    matching: Tensor | None
+    sweep: Any
+
+    def to(self, device: torch.device | str) -> FrameCache:
+        """The same features on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def clone(self) -> FrameCache:
+        """A copy that shares no features."""
+        return self._map(torch.clone)
+
+    def narrow(self, count: int) -> FrameCache:
+        """Those of the first ``count`` batch slots."""
+        entries = count * (len(self.stereo) // len(self.keys))
+        sweep = self.sweep
+        if sweep is not None:
+            sweep = type(sweep)(*(v[:entries] if isinstance(v, Tensor) else v for v in sweep))
+        return replace(self._map(lambda tensor: tensor[:entries]), keys=self.keys[:count], sweep=sweep)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> FrameCache:
+        tensors = {name: getattr(self, name) for name in ("stereo", "neck", "matching")}
+        return replace(self, **{name: None if t is None else function(t) for name, t in tensors.items()})
+
+
+@dataclass(frozen=True)
 class TemporalMemory:
     """What the model remembers of the frames before: a value that goes in and comes out of a forward pass.
 
@@ -99,6 +140,8 @@ class TemporalMemory:
         sequence_ids: [B] int64 sequence that each batch slot follows, on the CPU.
         ego_translation: [B, 3] float64 position of the ego vehicle in the global frame at the newest frame, metres, on
             the CPU.
+        features: Image features that the next frame needs again; None in training, and where the samples do not say
+            which pictures they hold. Not part of :meth:`state_dict`.
     """
 
     histories: tuple[Tensor, ...]
@@ -107,6 +150,7 @@ class TemporalMemory:
     bda: Tensor
     sequence_ids: Tensor
     ego_translation: Tensor
+    features: FrameCache | None = None
 
     @property
     def batch_size(self) -> int:
@@ -123,8 +167,9 @@ class TemporalMemory:
         return self.history_volume(stage)[:, : self.channels]
 
     def to(self, device: torch.device | str) -> TemporalMemory:
-        """The same memory with its histories on another device; the small host-side entries stay."""
-        return replace(self, histories=tuple(h.to(device) for h in self.histories))
+        """The same memory with histories and features on another device; the small host-side entries stay."""
+        return replace(self, histories=tuple(h.to(device) for h in self.histories),
+                       features=None if self.features is None else self.features.to(device))
 
     def narrow(self, count: int) -> TemporalMemory:
         """Views of the first ``count`` batch slots: for a batch from which the last sequences have disappeared.
@@ -135,16 +180,18 @@ class TemporalMemory:
         if not 1 <= count <= self.batch_size:
             raise ValueError(f"cannot take {count} of {self.batch_size} batch slots")
         tensors = {name: getattr(self, name)[:count] for name in ("bda", "sequence_ids", "ego_translation")}
-        return replace(self, histories=tuple(h[:count] for h in self.histories), **tensors)
+        return replace(self, histories=tuple(h[:count] for h in self.histories), **tensors,
+                       features=None if self.features is None else self.features.narrow(count))
 
     def clone(self) -> TemporalMemory:
         """A copy that shares no storage."""
         tensors = {name: getattr(self, name).clone() for name in ("bda", "sequence_ids", "ego_translation")}
-        return replace(self, histories=tuple(h.clone() for h in self.histories), **tensors)
+        return replace(self, histories=tuple(h.clone() for h in self.histories), **tensors,
+                       features=None if self.features is None else self.features.clone())
 
     def state_dict(self) -> dict:
         """Plain tensors and tuples, for checkpoints; :meth:`from_state_dict` is the inverse."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in _SAVED}
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> TemporalMemory:
@@ -153,8 +200,11 @@ class TemporalMemory:
         Raises:
             ValueError: keys are missing or unknown.
         """
-        if set(state) != set(cls.__dataclass_fields__):
-            raise ValueError(f"temporal memory needs {sorted(cls.__dataclass_fields__)}, got {sorted(state)}")
+        if set(state) != set(_SAVED):
+            raise ValueError(f"temporal memory needs {sorted(_SAVED)}, got {sorted(state)}")
         host = {name: state[name].cpu() for name in ("bda", "sequence_ids", "ego_translation")}
         return cls(**{**state, **host, "histories": tuple(state["histories"]),
                       "sizes": tuple(tuple(size) for size in state["sizes"])})
+
+
+_SAVED = tuple(name for name in TemporalMemory.__dataclass_fields__ if name != "features")

@@ -180,6 +180,7 @@ def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]],
         indices.
     """
     img_inputs, img_metas = (frame.img_inputs, frame.img_metas) if isinstance(frame, Frame) else frame
-    device = next(model.parameters()).device
+    images, *matrices = img_inputs
     with torch.inference_mode():
-        return model.predict([tensor.to(device, non_blocking=True) for tensor in img_inputs], img_metas, memory)
+        images = images.to(next(model.parameters()).device, non_blocking=True)
+        return model.predict([images, *matrices], img_metas, memory)

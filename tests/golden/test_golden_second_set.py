@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_cases import build, load_module
 
-from mmdet3d.models.detectors.frame_plan import FramePlan
+from mmdet3d.models.detectors.frame_plan import map_tensors
 from mmdet3d.models.view_transforms import ForwardFeatures
 
 BATCH = 2
@@ -40,20 +40,23 @@ def test_image_branch(shared, device, generator, model, record_property):
     inputs, _ = generator.make_batch(1, 1, (False,), (3,), ((1, -1),))
     seen = {"adj": {}, "key": {}}
     projection = model.forward_projection
-    frames = iter(("adj", "key"))
+    depth_net = projection.img_view_transformer.depth_net
+    matched = iter(("key", "adj"))
 
-    def keep_view_transform(module, args, output):
-        name = next(frames)
-        seen[name].update(bev=output[0], depth=output[1], neck=args[0])
+    def keep_depth_net(module, args, output):  # both frames in one pass, the earlier one first
+        for name, neck, logits, context in zip(("adj", "key"), *(x.chunk(2) for x in (args[0], *output)), strict=True):
+            seen[name].update(neck=neck, depthnet=torch.cat([logits, context], 1), depth=logits.softmax(1))
 
-    def keep_depth_net(module, args, output):
-        name = "key" if "depthnet" in seen["adj"] else "adj"
-        seen[name].update(depthnet=torch.cat(output, 1), cost_volume=args[2])
+    def keep_volumes(module, args, output):
+        for name, volume in zip(("adj", "key"), args[0].chunk(2, dim=1), strict=True):
+            seen[name]["bev"] = volume
 
-    hooks = [projection.img_view_transformer.register_forward_hook(keep_view_transform),
-             projection.img_view_transformer.depth_net.register_forward_hook(keep_depth_net)]
+    hooks = [depth_net.cost_volumn_net.register_forward_hook(
+                 lambda module, args, output: seen[next(matched)].update(cost_volume=args[0])),
+             depth_net.register_forward_hook(keep_depth_net),
+             projection.img_bev_encoder_backbone.register_forward_hook(keep_volumes)]
     with torch.no_grad():
-        lifts = FramePlan.pack(projection.geometry(inputs), None, None, inputs[5]).to(device).lifts
+        lifts = map_tensors(lambda tensor: tensor.to(device), projection.geometry(inputs))
         features = projection(inputs[0].to(device), lifts)
     for hook in hooks:
         hook.remove()

@@ -15,7 +15,7 @@ META_KEYS = (
     "pcd_horizontal_flip", "pcd_vertical_flip", "box_mode_3d", "box_type_3d", "img_norm_cfg", "pcd_trans", "sample_idx",
     "pcd_scale_factor", "pcd_rotation", "pcd_rotation_angle", "pts_filename", "transformation_3d_flow", "trans_mat",
     "index", "sequence_group_idx", "curr_to_prev_lidar_rt", "curr_to_prev_ego_rt", "start_of_sequence", "can_bus",
-    "scene_name", "affine_aug",
+    "scene_name", "affine_aug", "image_keys",
 )
 """Entries of a sample that go into ``img_metas``, where they exist."""
 

@@ -13,7 +13,7 @@ from mmdet3d.datasets.pipelines.images import PrepareImageInputs
 
 META_KEYS = (
     "sequence_group_idx", "start_of_sequence", "curr_to_prev_ego_rt", "can_bus", "lidar2img", "ego2lidar", "index",
-    "sample_idx", "scene_name",
+    "sample_idx", "scene_name", "image_keys",
 )
 """What the model reads of a sample besides its tensors."""
 

@@ -194,7 +194,9 @@ class PrepareImageInputs:
             (camera * F + frame), uint8 with ``ship_uint8``; sensor2ego, ego2global, intrinsics and augmentation, each
             (F * N, 4, 4), frame-major (frame * N + camera), the last two those of the current frame, repeated. Also
             ``sensor2sensorego``, ``sensorego2global`` and their inverses ``sensorego2sensor``, ``global2sensorego``
-            (F * N, 4, 4), ``lidar2img`` (N, 4, 4), ``ego2lidar`` (1, 4, 4) and ``cam_names``.
+            (F * N, 4, 4), ``lidar2img`` (N, 4, 4), ``ego2lidar`` (1, 4, 4) and ``cam_names``. At test time also
+            ``image_keys``, for each of the F frames the files and augmentations of its pictures: where two are equal,
+            the pictures are, and so what a model computes of them.
 
         Raises:
             DataError: a camera is not in the info file, or an image is missing or damaged; the message names the
@@ -217,7 +219,15 @@ class PrepareImageInputs:
         results["lidar2img"] = lidar_to_image(frames[0], self.cameras, post_augs, self.dtype)
         results["ego2lidar"] = _as_tensor([rigid_inverse(lidar_to_ego(frames[0]))])
         results["cam_names"] = self.cameras
+        if not self.is_train:
+            results["image_keys"] = self._image_keys(results, frames, augmentations)
         return results
+
+    def _image_keys(self, results: Mapping, frames: Sequence[Mapping], augmentations: Sequence[ImageAugmentation]
+                    ) -> tuple[tuple, ...]:
+        """For each frame, what says which pictures it holds."""
+        files = [tuple(str(frame["cams"][name]["data_path"]) for name in self.cameras) for frame in frames]
+        return tuple((str(results.get("info_file")), paths, tuple(augmentations)) for paths in files)
 
     def _check_cameras(self, frames: Sequence[Mapping]) -> None:
         for frame in frames:

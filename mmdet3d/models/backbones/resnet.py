@@ -34,17 +34,21 @@ class ResNet(MMDetResNet):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the stages ``out_indices`` for images [M, 3, H, W]."""
-        x = self._stem(x)
-        outputs = []
-        for index in range(len(self.res_layers)):
-            x = self._stage(x, index)
-            if index in self.out_indices:
-                outputs.append(x)
-        return tuple(outputs)
+        x = self.first_stage(x)
+        return (*((x,) if 0 in self.out_indices else ()), *self.later_stages(x))
 
     def first_stage(self, x: Tensor) -> Tensor:
         """Output of the first residual stage alone, [M, 3, H, W] -> [M, C, H / 4, W / 4]."""
         return self._stage(self._stem(x), 0)
+
+    def later_stages(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the stages ``out_indices`` but the first, from the output of the first stage."""
+        outputs = []
+        for index in range(1, len(self.res_layers)):
+            x = self._stage(x, index)
+            if index in self.out_indices:
+                outputs.append(x)
+        return tuple(outputs)
 
     def _stem(self, x: Tensor) -> Tensor:
         x = self.stem(x) if self.deep_stem else self.relu(self.norm1(self.conv1(x)))

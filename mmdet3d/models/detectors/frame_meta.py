@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,8 @@ class FrameMeta:
         yaw: [B] float64 heading in radians.
         image_from_ego: [B, N, 4, 4] float32 ego to augmented pixels times depth.
         noise_seeds: [B] int32 seeds of the flow head's noise in evaluation; None where samples bring no ``noise_seed``.
+        image_keys: For each sample, a key of the pictures of each frame, newest first, from ``image_keys``: equal keys
+            promise equal pictures after augmentation. None where samples bring none.
     """
 
     sequence_ids: tuple[int, ...]
@@ -36,6 +38,7 @@ class FrameMeta:
     yaw: Tensor
     image_from_ego: Tensor
     noise_seeds: Tensor | None = None
+    image_keys: tuple[tuple[Hashable, ...], ...] | None = None
 
     @classmethod
     @full_precision
@@ -69,7 +72,15 @@ class FrameMeta:
             ego_translation=can_bus[:, :3],
             yaw=can_bus[:, -2],
             image_from_ego=image_from_lidar @ lidar_from_ego,  # [B, N, 4, 4] @ [B, 1, 4, 4]
-            noise_seeds=_noise_seeds(img_metas))
+            noise_seeds=_noise_seeds(img_metas),
+            image_keys=_image_keys(img_metas))
+
+
+def _image_keys(img_metas: Sequence[Mapping]) -> tuple[tuple[Hashable, ...], ...] | None:
+    """``image_keys`` of the samples, None if one has none."""
+    if any(meta.get("image_keys") is None for meta in img_metas):
+        return None
+    return tuple(tuple(meta["image_keys"]) for meta in img_metas)
 
 
 def _noise_seeds(img_metas: Sequence[Mapping]) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from mmdet3d.models.attention.backward_projection import BEVFormerBackwardProjection
 from mmdet3d.models.detectors.frame_meta import FrameMeta
 from mmdet3d.models.temporal import SparseFusion
+from mmdet3d.models.view_transforms.feature_reuse import NO_REUSE, FeatureReuse, feature_reuse
 from mmdet3d.models.view_transforms.geometry import LiftGeometry
-from mmdet3d.structures import TemporalMemory, VoxelGrid
+from mmdet3d.ops.plane_sweep import SweepGeometry
+from mmdet3d.structures import FrameCache, TemporalMemory, VoxelGrid
 from mmdet3d.utils.precision import full_precision
 
 #: Bytes; every tensor of a packed buffer begins at a multiple.
@@ -48,34 +50,56 @@ class FramePlan:
     """The geometry of a frame for the device, and its meta data for the host.
 
     Attributes:
-        lifts: Geometry of the lifted frames, key frame first; views of ``buffer``.
+        lifts: Geometry of the lifted frames, the key frame last; views of ``buffer``. None without images.
         stages: Geometry of the stages; views of ``buffer``.
         meta: Meta data, on the CPU.
         bda: [B, 4, 4] BEV augmentation, on the CPU.
+        sequence_ids: [B] int64 sequence numbers, on the CPU.
+        reuse: Which image features are there already.
+        key_sweep: Cameras of the key frame's stereo pair, on the CPU; None without stereo.
         buffer: uint8, all tensors of ``lifts`` and ``stages`` one after the other.
     """
 
-    lifts: tuple[LiftGeometry, ...]
+    lifts: LiftGeometry | None
     stages: StageGeometry
     meta: FrameMeta
     bda: Tensor
+    sequence_ids: Tensor
+    reuse: FeatureReuse
+    key_sweep: SweepGeometry | None
     buffer: Tensor
 
     @classmethod
-    def pack(cls, lifts: Sequence[LiftGeometry], stages: StageGeometry, meta: FrameMeta, bda: Tensor, *,
-             pinned: bool = False) -> FramePlan:
-        """Plan of CPU tensors, copied into one buffer; ``pinned`` lets the transfer to a GPU run in the background."""
-        tensors: list[Tensor] = []
-        tree = (tuple(lifts), stages)
-        map_tensors(lambda tensor: tensors.append(tensor) or tensor, tree)
+    def pack(cls, lifts: LiftGeometry | None, stages: StageGeometry, meta: FrameMeta,
+             cache: FrameCache | None = None, *, pinned: bool = False) -> FramePlan:
+        """Plan of a frame.
+
+        Args:
+            lifts: Geometry of the lifted frames on the CPU, or None.
+            stages: Geometry of the stages on the CPU.
+            meta: Meta data.
+            cache: Features of the sample before.
+            pinned: The buffer is to be page-locked, so that a GPU can fetch it in the background.
+        """
+        reuse, sweeps = NO_REUSE, _sweeps(lifts, len(meta.starts))
+        if lifts is not None:
+            reuse = feature_reuse(meta.image_keys, sweeps, cache)
+        tree = (lifts, stages)
+        tensors = _tensors(tree)
         offsets, size = _layout(tensors)
         buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         views = _views(buffer, tensors, offsets)
         for view, tensor in zip(views, tensors, strict=True):
             view.copy_(tensor)
         rest = iter(views)
-        lifts, stages = map_tensors(lambda _: next(rest), tree)
-        return cls(lifts, stages, meta, bda, buffer)
+        lifts, on_device = map_tensors(lambda _: next(rest), tree)
+        return cls(lifts, on_device, meta, stages.bda, torch.tensor(meta.sequence_ids), reuse,
+                   sweeps[0] if sweeps else None, buffer)
+
+    @property
+    def signature(self) -> Hashable:
+        """What steers the computation of a frame besides tensors: frames that agree in it run the same kernels."""
+        return self.meta.starts, self.reuse, self.buffer.shape, self.stages.noise_seeds is None
 
     def to(self, device: torch.device | str) -> FramePlan:
         """The plan with its tensors on ``device``: one transfer, which does not wait when the buffer is pinned."""
@@ -94,12 +118,25 @@ class FramePlan:
         return replace(other, lifts=self.lifts, stages=self.stages, buffer=self.buffer)
 
     def _on(self, buffer: Tensor) -> FramePlan:
-        tensors: list[Tensor] = []
         tree = (self.lifts, self.stages)
-        map_tensors(lambda tensor: tensors.append(tensor) or tensor, tree)
+        tensors = _tensors(tree)
         rest = iter(_views(buffer, tensors, _layout(tensors)[0]))
         lifts, stages = map_tensors(lambda _: next(rest), tree)
         return replace(self, lifts=lifts, stages=stages, buffer=buffer)
+
+
+def _sweeps(lifts: LiftGeometry | None, batch: int) -> list[SweepGeometry]:
+    """Cameras of the stereo pairs, key frame first; none without stereo."""
+    if lifts is None or lifts.sweep is None:
+        return []
+    return [lifts.select(start, batch).sweep for start in range(len(lifts.rays) - batch, -1, -batch)]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    tensors: list[Tensor] = []
+    map_tensors(lambda tensor: tensors.append(tensor) or tensor, tree)
+    return tensors
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -22,11 +22,13 @@ from mmdet3d.models.detectors.memory_check import MemoryLayout, check_memory
 from mmdet3d.models.detectors.stage_configs import stage_configs
 from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
+from mmdet3d.models.view_transforms.forward_projection import KeyFeatures
 from mmdet3d.models.view_transforms.geometry import LiftGeometry
 from mmdet3d.registry import DETECTORS, ConfigError, build
-from mmdet3d.structures import TemporalMemory
+from mmdet3d.structures import FrameCache, TemporalMemory
 from mmdet3d.utils.files import prediction_path, save_prediction
 from mmdet3d.utils.memory_format import use_channels_last
+from mmdet3d.utils.transfer import to_numpy
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class STCOcc(BaseDetector):
         return self.plan_stages(img_metas, matrices[-1], memory, lifts, img_inputs[0].device)
 
     def plan_stages(self, img_metas: Sequence[Mapping], bda: Tensor, memory: TemporalMemory | None,
-                    lifts: Sequence[LiftGeometry] = (), device: torch.device | str = "cpu") -> FramePlan:
+                    lifts: LiftGeometry | None = None, device: torch.device | str = "cpu") -> FramePlan:
         """The part of :meth:`plan` that :meth:`cascade` needs.
 
         Args:
@@ -181,12 +183,14 @@ class STCOcc(BaseDetector):
         check_memory(memory, meta, self._memory_layout(), device)
         stages = stage_geometry(meta, bda, memory, self.backward_projection_list[0], self.temporal_fusion_list,
                                 self.grids)
-        return FramePlan.pack(lifts, stages, meta, bda, pinned=torch.device(device).type == "cuda")
+        return FramePlan.pack(lifts, stages, meta, None if memory is None else memory.features,
+                              pinned=torch.device(device).type == "cuda")
 
     def compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None
                 ) -> tuple[Prediction, ForwardFeatures]:
         """The device's part of a frame. Arguments as :meth:`run`, and the plan on the device of the images."""
-        features = self.forward_projection(images, plan.lifts)
+        cache = None if memory is None else memory.features
+        features = self.forward_projection(images, plan.lifts, plan.reuse, cache)
         return self.cascade(features, plan, memory), features
 
     def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None) -> Prediction:
@@ -217,7 +221,7 @@ class STCOcc(BaseDetector):
         semantic_logits = self.occupancy_head(volume, logits)
         flow = None if self.flow_head is None else self.flow_head(volume, semantic_logits, geometry.noise_seeds)
         return Prediction(semantic_logits, flow, tuple(reversed(stage_logits)), volume,
-                          self._remember(histories[::-1], plan))
+                          self._remember(histories[::-1], plan, features.key_features))
 
     def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, plan: FramePlan,
               memory: TemporalMemory | None) -> tuple[Tensor, Tensor]:
@@ -231,13 +235,17 @@ class STCOcc(BaseDetector):
         return MemoryLayout(sizes, tuple(fusion.history_num for fusion in fusions),
                             fusions[0].channels if fusions else 0)
 
-    def _remember(self, histories: list[Tensor], plan: FramePlan) -> TemporalMemory | None:
+    def _remember(self, histories: list[Tensor], plan: FramePlan, key: KeyFeatures | None) -> TemporalMemory | None:
         if not histories:
             return None
+        features = None
+        if key is not None:
+            features = FrameCache(tuple(keys[:2] for keys in plan.meta.image_keys), *key, plan.key_sweep)
         return TemporalMemory(
             histories=tuple(histories), sizes=tuple(grid.size_zyx for grid in self.grids),
             channels=self.temporal_fusion_list[0].channels, bda=plan.bda,
-            sequence_ids=torch.tensor(plan.meta.sequence_ids), ego_translation=plan.meta.ego_translation)
+            sequence_ids=plan.sequence_ids, ego_translation=plan.meta.ego_translation,
+            features=features)
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -284,7 +292,7 @@ class STCOcc(BaseDetector):
 
     def predict(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None = None
                 ) -> tuple[dict[str, Any], TemporalMemory | None]:
-        """Occupancy and flow of one frame, and the memory for the next one. Does not touch ``self.memory``.
+        """As :meth:`predict_tensors`, on the host.
 
         Returns:
             ``occ_results`` uint8 [B, X, Y, Z] class of each voxel; ``flow_results`` float16 [B, X, Y, Z, 2] m/s where
@@ -293,15 +301,32 @@ class STCOcc(BaseDetector):
         prediction, _ = self.run(img_inputs, img_metas, memory)
         return self.results(prediction, img_metas), prediction.memory
 
+    def predict_tensors(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping],
+                        memory: TemporalMemory | None = None) -> tuple[Tensor, Tensor, TemporalMemory | None]:
+        """Occupancy and flow of one frame, and the memory for the next one. Does not touch ``self.memory``.
+
+        Returns:
+            Classes uint8 [B, X, Y, Z]; flow float16 [B, X, Y, Z, 2] m/s where the class moves, 0 elsewhere; both on the
+            device of the images, which is not waited for. The memory for the next frame.
+        """
+        prediction, _ = self.run(img_inputs, img_metas, memory)
+        return *self.outputs(prediction), prediction.memory
+
+    @torch.no_grad()
+    def outputs(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        """Classes and flow of :meth:`predict_tensors` for a prediction."""
+        # The class of the greatest logit, which is that of the greatest probability.
+        semantics = prediction.semantic_logits.argmax(-1)
+        if prediction.flow is None:
+            flow = torch.zeros((*semantics.shape, 2), dtype=torch.float16, device=semantics.device)
+        else:
+            flow = (prediction.flow * self.flow_head.foreground(semantics)[..., None]).half()
+        return semantics.to(torch.uint8), flow
+
     def results(self, prediction: Prediction, img_metas: Sequence[Mapping]) -> dict[str, Any]:
         """The result dict of :meth:`predict` for a prediction."""
-        semantics = prediction.semantic_logits.softmax(-1).argmax(-1)
-        if prediction.flow is None:
-            flow = prediction.semantic_logits.new_zeros((*semantics.shape, 2))
-        else:
-            flow = prediction.flow.detach() * self.flow_head.foreground(semantics)[..., None]
-        return {"occ_results": semantics.to(torch.uint8).cpu().numpy(), "flow_results": flow.half().cpu().numpy(),
-                "index": [meta.get("index") for meta in img_metas]}
+        semantics, flow = to_numpy(*self.outputs(prediction))
+        return {"occ_results": semantics, "flow_results": flow, "index": [meta.get("index") for meta in img_metas]}
 
     def forward_test(self, img_metas: Sequence, img_inputs: Sequence, points: Sequence | None = None, **options: Any
                      ) -> list[dict[str, Any]]:

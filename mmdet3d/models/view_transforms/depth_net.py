@@ -134,20 +134,20 @@ class DepthNet(nn.Module):
         self.bias = bias
         self.with_cp = with_cp
 
-    def forward(self, x: Tensor, camera: Tensor, cost_volume: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, camera: Tensor, matching: Tensor | None) -> tuple[Tensor, Tensor]:
         """Depth logits [M, D, h, w] and context [M, C, h, w].
 
         Args:
             x: [M, in_channels, h, w] image feature, M = batch times cameras.
             camera: [M, 27] camera vector.
-            cost_volume: [M, D, 4 h, 4 w] matching probabilities; None without stereo.
+            matching: [M, D, h, w] stereo matching, ``cost_volumn_net`` of the cost volume; None without stereo.
         """
         camera = self.bn(camera)
         x = self.reduce_conv(x)
         context = self.context_conv(self.context_se(x, self.context_mlp(camera)))
         depth = self.depth_se(x, self.depth_mlp(camera))
         if self.stereo:
-            depth = torch.cat([depth, self.cost_volumn_net(cost_volume)], 1)
+            depth = torch.cat([depth, matching], 1)
         if self.with_cp and depth.requires_grad:
             return torch.utils.checkpoint.checkpoint(self.depth_conv, depth, use_reentrant=False), context
         return self.depth_conv(depth), context

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
+from mmdet3d.models.view_transforms.feature_reuse import CACHED, NO_REUSE, FeatureReuse
 from mmdet3d.models.view_transforms.geometry import LiftGeometry, split_frames
 from mmdet3d.registry import NECKS, build
+from mmdet3d.structures import FrameCache
 from mmdet3d.utils.precision import full_precision
 
 
@@ -21,18 +24,28 @@ class ForwardFeatures(NamedTuple):
         volumes: Voxel features, finest first, each [B, C, Z_s, Y_s, X_s].
         depth: [B * N, D, h, w] depth probability of the key frame.
         context: [B * N, C, h, w] image features of the key frame for the cross attention.
+        key_features: What the next sample needs of this one's key frame, if it is to be remembered.
     """
 
     volumes: list[Tensor]
     depth: Tensor
     context: Tensor
+    key_features: KeyFeatures | None = None
+
+
+class KeyFeatures(NamedTuple):
+    """Stereo and neck feature of the key frame, and its stereo matching; see :class:`FrameCache`."""
+
+    stereo: Tensor
+    neck: Tensor
+    matching: Tensor | None
 
 
 class _FrameFeatures(NamedTuple):
     """Backbone output of one frame."""
 
     stereo: Tensor
-    neck: Tensor
+    neck: Tensor | None
 
 
 @NECKS.register_module()
@@ -89,45 +102,117 @@ class BEVDetStereoForwardProjection(BaseModule):
 
     @torch.no_grad()
     @full_precision
-    def geometry(self, img_inputs: Sequence[Tensor]) -> tuple[LiftGeometry, ...]:
-        """Geometry of the lifted frames, key frame first, on the device of the matrices (best the CPU).
+    def geometry(self, img_inputs: Sequence[Tensor]) -> LiftGeometry:
+        """Geometry of the lifted frames, on the device of the matrices (best the CPU).
 
         Args:
             img_inputs: The six tensors of a sample: images [B, N * F, 3, H, W] camera-major, sensor2ego, ego2global,
                 intrinsics and post_aug [B, F * N, 4, 4] frame-major, bda [B, 4, 4]; F = 3 frames, newest first.
 
+        Returns:
+            That of the L lifted frames one after the other, the key frame **last**, as L * B samples.
+
         Raises:
             ValueError: the tensors do not fit, see :func:`split_frames`.
         """
-        _, cameras = split_frames(tuple(img_inputs), self.num_cams, self.num_frames,
-                                  self.img_view_transformer.input_size)
-        lifted = cameras[: 2 if self.with_prev else 1]
-        vector_frames = (cameras[0], cameras[0 if self.legacy_adjacent_extrinsics else 1])
-        return tuple(self.img_view_transformer.geometry(camera, frame.key_ego_from_camera, img_inputs[5])
-                     for camera, frame in zip(lifted, vector_frames, strict=False))
+        transform = self.img_view_transformer
+        _, cameras = split_frames(tuple(img_inputs), self.num_cams, self.num_frames, transform.input_size)
+        poses = [cameras[0].key_ego_from_camera]
+        if self.with_prev:
+            poses.append(cameras[0 if self.legacy_adjacent_extrinsics else 1].key_ego_from_camera)
+        frames = [transform.geometry(camera, pose, img_inputs[5]) for camera, pose in zip(cameras, poses, strict=False)]
+        return LiftGeometry.stack(frames[::-1])
 
-    def forward(self, images: Tensor, geometry: Sequence[LiftGeometry]) -> ForwardFeatures:
+    def forward(self, images: Tensor, geometry: LiftGeometry, reuse: FeatureReuse = NO_REUSE,
+                cache: FrameCache | None = None) -> ForwardFeatures:
         """Voxel features, depth and context of one sample per batch slot.
 
         Args:
             images: [B, N * F, 3, H, W] camera-major, F = 3 frames, newest first.
             geometry: That of the lifted frames, see :meth:`geometry`, on the device of the images.
+            reuse: In evaluation without gradient: which features are there already.
+            cache: Where those of the sample before are.
         """
-        images = images.unflatten(1, (self.num_cams, self.num_frames)).unbind(2)
-        with torch.no_grad():
-            oldest_stereo = self.img_backbone.first_stage(images[2].flatten(0, 1)) if self.with_prev else None
-            earlier = self.frame_features(images[1].flatten(0, 1))
-            earlier_volume = None
-            if self.with_prev:
-                earlier_volume = self.img_view_transformer(earlier.neck, geometry[1], earlier.stereo, oldest_stereo)[0]
-        key = self.frame_features(images[0].flatten(0, 1))
-        volume, depth, context = self.img_view_transformer(key.neck, geometry[0], key.stereo, earlier.stereo)
-        if earlier_volume is None:
-            earlier_volume = torch.zeros_like(volume)
-        volumes = self.img_bev_encoder_backbone(torch.cat([earlier_volume, volume], 1))
+        frames = [frame.flatten(0, 1) for frame in images.unflatten(1, (self.num_cams, self.num_frames)).unbind(2)]
+        lift = self._lift_one_by_one if self.training or torch.is_grad_enabled() else self._lift_together
+        volume, depth, context, features = lift(frames, geometry, reuse, cache)
+        volumes = self.img_bev_encoder_backbone(volume)
         if hasattr(self, "adjust_channel_conv"):
             context = self.adjust_channel_conv(context)
-        return ForwardFeatures(volumes, depth, context)
+        return ForwardFeatures(volumes, depth, context, features)
+
+    def _lift_one_by_one(self, images: list[Tensor], geometry: LiftGeometry, *_: Any
+                         ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Frame after frame, the key frame with gradient; in training each with batch statistics of its own."""
+        batch = len(images[0]) // self.num_cams
+        with torch.no_grad():
+            oldest_stereo = self.img_backbone.first_stage(images[2]) if self.with_prev else None
+            earlier = self.frame_features(images[1])
+            earlier_volume = None
+            if self.with_prev:
+                earlier_volume = self.img_view_transformer(earlier.neck, geometry.select(0, batch), earlier.stereo,
+                                                           oldest_stereo)[0]
+        key = self.frame_features(images[0])
+        volume, depth, context = self.img_view_transformer(
+            key.neck, geometry.select(len(geometry.rays) - batch, batch), key.stereo, earlier.stereo)
+        if earlier_volume is None:
+            earlier_volume = torch.zeros_like(volume)
+        return torch.cat([earlier_volume, volume], 1), depth, context, None
+
+    def _lift_together(self, images: list[Tensor], geometry: LiftGeometry, reuse: FeatureReuse,
+                       cache: FrameCache | None) -> tuple[Tensor, Tensor, Tensor, KeyFeatures | None]:
+        """Both frames in one pass through the depth net, with what is there already."""
+        transform, entries = self.img_view_transformer, len(images[0])
+        lifted = len(geometry.rays) * self.num_cams // entries  # frames, the key frame last
+        frames = self._features(images, reuse, cache, lifted)
+        matches = self._matches(frames, geometry, reuse, cache, lifted)
+        neck = torch.cat([frames[f].neck for f in reversed(range(lifted))])
+        matching = torch.cat(matches[::-1]) if matches else None
+        volume, depth, context = transform.lift_splat(neck, matching, geometry)
+        volume = volume.unflatten(0, (lifted, -1))
+        if lifted == 1:
+            volume = torch.cat([torch.zeros_like(volume), volume])
+        features = KeyFeatures(*frames[0], matches[0] if matches else None) if reuse.remember else None
+        return volume.transpose(0, 1).flatten(1, 2), depth[-entries:], context[-entries:], features
+
+    def _features(self, images: list[Tensor], reuse: FeatureReuse, cache: FrameCache | None, lifted: int
+                  ) -> list[_FrameFeatures]:
+        """Features of the frames, newest first; of a frame that is only matched with, the stereo feature alone."""
+        stereo = self.img_view_transformer.has_cost_volume
+        full = [f for f in range(lifted) if reuse.frames[f] == f]
+        partial = [f for f in range(lifted, lifted + 1)
+                   if stereo and reuse.frames[f] == f and reuse.pairs[f - 1] == f - 1]
+        batches = [full + partial] if images[0].is_cuda else [[f] for f in full + partial]
+        computed = {CACHED: None if cache is None else _FrameFeatures(cache.stereo, cache.neck)}
+        for batch in filter(None, batches):
+            features = self._batch_features([images[f] for f in batch], sum(f in full for f in batch))
+            computed.update(zip(batch, features, strict=True))
+        return [computed.get(source) for source in reuse.frames[: lifted + 1]]
+
+    def _batch_features(self, images: list[Tensor], full: int) -> list[_FrameFeatures]:
+        """Features of frames in one pass, the neck for the first ``full`` ones."""
+        stereo = self.img_backbone.first_stage(torch.cat(images) if len(images) > 1 else images[0])
+        entries, necks = len(images[0]), ()
+        if full:
+            neck = self.img_neck(self.img_backbone.later_stages(stereo[: full * entries]))
+            necks = (neck[0] if isinstance(neck, list | tuple) else neck).split(entries)
+        return [_FrameFeatures(*features) for features in zip_longest(stereo.split(entries), necks)]
+
+    def _matches(self, frames: list[_FrameFeatures], geometry: LiftGeometry, reuse: FeatureReuse,
+                 cache: FrameCache | None, lifted: int) -> list[Tensor]:
+        """Stereo matching of each lifted frame, newest first; none without stereo."""
+        if geometry.sweep is None:
+            return []
+        batch, matches = len(geometry.rays) // lifted, []
+        for f, source in enumerate(reuse.pairs[:lifted]):
+            if source == CACHED:
+                matches.append(cache.matching)
+            elif source < f:
+                matches.append(matches[source])
+            else:
+                sweep = geometry.select((lifted - 1 - f) * batch, batch).sweep
+                matches.append(self.img_view_transformer.matching(frames[f].stereo, frames[f + 1].stereo, sweep))
+        return matches
 
     def frame_features(self, images: Tensor) -> _FrameFeatures:
         """Stereo feature (first backbone output) and neck feature of images [M, 3, H, W]."""

@@ -7,6 +7,7 @@ the homography of homogeneous pixels (u, v, 1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +48,25 @@ class LiftGeometry(NamedTuple):
     rays: Tensor
     origins: Tensor
     sweep: SweepGeometry | None
+
+    @classmethod
+    def stack(cls, frames: Sequence[LiftGeometry]) -> LiftGeometry:
+        """Several frames as one with B' = (number of frames) * B samples, frame after frame."""
+        *tensors, sweeps = zip(*frames, strict=True)
+        sweep = None
+        if sweeps[0] is not None:
+            joined = {name: torch.cat([getattr(s, name) for s in sweeps]) for name in sweeps[0].tensors}
+            sweep = sweeps[0]._replace(**joined)
+        return cls(*map(torch.cat, tensors), sweep)
+
+    def select(self, start: int, count: int) -> LiftGeometry:
+        """``count`` of the samples, from ``start`` on."""
+        cams = self.camera_vector.shape[1]
+        sweep = self.sweep
+        if sweep is not None:
+            part = slice(start * cams, (start + count) * cams)
+            sweep = sweep._replace(**{name: tensor[part] for name, tensor in sweep.tensors.items()})
+        return LiftGeometry(*(tensor[start : start + count] for tensor in self[:3]), sweep)
 
 
 def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int,

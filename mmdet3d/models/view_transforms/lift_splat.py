@@ -19,6 +19,7 @@ from mmdet3d.models.view_transforms.geometry import (
     sweep_geometry,
 )
 from mmdet3d.ops import bev_pool_v2
+from mmdet3d.ops.plane_sweep import SweepGeometry
 from mmdet3d.registry import NECKS, check_keys
 from mmdet3d.structures import VoxelGrid, depth_bins
 
@@ -131,10 +132,10 @@ class LSSForwardProjection(BaseModule):
         """
         return self.lift_splat(feature, None, geometry)
 
-    def lift_splat(self, feature: Tensor, cost_volume: Tensor | None, geometry: LiftGeometry
+    def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry
                    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`forward`, with an optional stereo cost volume [B * N, D, 4 h, 4 w] for the depth."""
-        logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), cost_volume)
+        """As :meth:`forward`, with an optional stereo matching [B * N, D, h, w] for the depth."""
+        logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), matching)
         depth = logits.softmax(1)
         points = frustum_points(geometry.rays, geometry.origins, self.depths)
         cells = voxel_index(points, self.grid, self.truncate_toward_zero, self.bounds)  # [B, N, D, h, w]
@@ -166,10 +167,10 @@ class LSSVStereoForwardProjection(LSSForwardProjection):
     def forward(self, feature: Tensor, geometry: LiftGeometry, stereo: Tensor, older_stereo: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor]:
         """As the parent's, with the stereo features [B * N, C4, H4, W4] of this frame and of the frame before."""
-        return self.lift_splat(feature, self.cost_volume(stereo, older_stereo, geometry), geometry)
+        return self.lift_splat(feature, self.matching(stereo, older_stereo, geometry.sweep), geometry)
 
-    def cost_volume(self, stereo: Tensor, older_stereo: Tensor, geometry: LiftGeometry) -> Tensor:
-        """[B * N, D, H4, W4] matching probabilities of the stereo features of a frame and of the frame before."""
-        return stereo_cost_volume(stereo, older_stereo, geometry.sweep, self.depths,
-                                  invalid_penalty=self.depth_net.bias,
-                                  one_channel_invalid_test=self.one_channel_invalid_test)
+    def matching(self, stereo: Tensor, older_stereo: Tensor, geometry: SweepGeometry) -> Tensor:
+        """[B * N, D, h, w] what the depth net sees of the stereo features of a frame and of the frame before."""
+        volume = stereo_cost_volume(stereo, older_stereo, geometry, self.depths, invalid_penalty=self.depth_net.bias,
+                                    one_channel_invalid_test=self.one_channel_invalid_test)
+        return self.depth_net.cost_volumn_net(volume)

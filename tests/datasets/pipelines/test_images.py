@@ -149,6 +149,17 @@ def test_sizes_follow_the_config_and_orders_differ_for_images_and_matrices(tmp_p
     assert frame.image_files["CAM_BACK"] == str(tmp_path / "CAM_BACK_2.png")
 
 
+def test_keys_say_which_pictures_return(tmp_path):
+    source = FrameSource(make_infos(tmp_path, frames=4), SMALL, tmp_path / "infos.pkl")
+    keys = [source[i].img_metas[0]["image_keys"] for i in range(4)]
+    assert len({keys[i][0] for i in range(4)}) == 4
+    assert keys[0] == (keys[0][0],) * 3  # a scene starts: all three frames are the current one
+    assert keys[1] == (keys[1][0], keys[0][0], keys[0][0])
+    assert keys[3] == (keys[3][0], keys[2][0], keys[1][0])
+    other = FrameSource(make_infos(tmp_path, frames=4), {**SMALL, "input_size": (18, 32)}, tmp_path / "infos.pkl")
+    assert other[0].img_metas[0]["image_keys"][0] != keys[0][0]
+
+
 def test_each_image_of_a_sequence_is_decoded_once(tmp_path):
     infos = make_infos(tmp_path, frames=6)
     source = FrameSource(infos, SMALL, tmp_path / "infos.pkl")
@@ -169,6 +180,7 @@ def test_training_draws_anew_and_shares_a_draw_among_the_frames_of_a_camera(tmp_
     record = sample_record(infos, 0, sequence_flags(infos), (1, 2), tmp_path / "infos.pkl")
     first, second = step(dict(record))["img_inputs"], step(dict(record))["img_inputs"]
     assert not torch.equal(first[4], second[4])
+    assert "image_keys" not in step(dict(record))  # pictures that are drawn anew never return
     assert torch.equal(first[0][0], first[0][1]) and torch.equal(first[4][0], first[4][2])
     assert len(PrepareImageInputs(config, sequential=False)(record)["img_inputs"][0]) == 2
 

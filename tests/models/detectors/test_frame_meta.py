@@ -79,6 +79,14 @@ def test_one_lidar_pose_serves_with_and_without_its_axis(metas):
     assert torch.equal(FrameMeta.from_metas(metas).image_from_ego, expected)
 
 
+def test_keys_of_pictures_need_to_be_there_for_all_samples(metas):
+    assert FrameMeta.from_metas(metas).image_keys is None
+    metas[0]["image_keys"] = ("c", "b", "a")
+    assert FrameMeta.from_metas(metas).image_keys is None
+    metas[1]["image_keys"] = ["z", "y", "x"]
+    assert FrameMeta.from_metas(metas).image_keys == (("c", "b", "a"), ("z", "y", "x"))
+
+
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="img_metas is empty"):
         FrameMeta.from_metas([])

@@ -25,7 +25,7 @@ def case():
 def test_context_is_a_gated_feature(case):
     feature, camera, cost = case
     net = make(stereo=True)
-    depth, context = net(feature, camera, cost)
+    depth, context = net(feature, camera, net.cost_volumn_net(cost))
     assert depth.shape == (8, BINS, *SIZE) and context.shape == (8, CONTEXT, *SIZE)
     x = net.reduce_conv(feature)
     m = net.bn(camera)
@@ -39,7 +39,7 @@ def test_the_cost_volume_joins_behind_the_gated_feature(case):
     net = make(stereo=True)
     seen = []
     net.depth_conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    depth, _ = net(feature, camera, cost)
+    depth, _ = net(feature, camera, net.cost_volumn_net(cost))
     assert seen[0].shape == (8, MID + BINS, *SIZE)
     x = net.depth_se(net.reduce_conv(feature), net.depth_mlp(net.bn(camera)))
     torch.testing.assert_close(seen[0][:, :MID], x)
@@ -108,7 +108,7 @@ def test_recomputation_changes_nothing(case):
     grads = []
     for with_cp in (False, True):
         net = make(stereo=True, with_cp=with_cp)
-        depth, context = net(feature, camera, cost)
+        depth, context = net(feature, camera, net.cost_volumn_net(cost))
         (depth.square().sum() + context.square().sum()).backward()
         grads.append({name: parameter.grad for name, parameter in net.named_parameters()})
     for name, grad in grads[0].items():

@@ -68,8 +68,7 @@ class Calls:
 
 @pytest.fixture(scope="module")
 def calls(module, inputs):
-    with torch.no_grad():
-        return Calls(module, inputs)
+    return Calls(module, inputs)  # with gradients, hence frame after frame
 
 
 def test_shapes(module, calls):
@@ -109,8 +108,7 @@ def test_each_frame_is_matched_with_the_one_before(module, calls, inputs):
 
 def test_own_extrinsics_of_the_earlier_frame(inputs, calls):
     module = build_module(legacy_adjacent_extrinsics=False)
-    with torch.no_grad():
-        own = Calls(module, inputs)
+    own = Calls(module, inputs)
     _, cameras = split_frames(inputs, CAMS, FRAMES)
     for call, frame in ((0, 1), (1, 0)):
         pose = own.transform[call][0][1].camera_vector[..., 15:]
@@ -120,8 +118,7 @@ def test_own_extrinsics_of_the_earlier_frame(inputs, calls):
 
 
 def test_without_an_earlier_frame_its_volume_is_zero(inputs, calls):
-    with torch.no_grad():
-        alone = Calls(build_module(with_prev=False), inputs)
+    alone = Calls(build_module(with_prev=False), inputs)
     assert len(alone.transform) == 1 and not alone.stacked[:, :CONTEXT].any()
     assert torch.equal(alone.stacked[:, CONTEXT:], calls.stacked[:, CONTEXT:])
 
@@ -138,6 +135,31 @@ def test_gradient_flows_into_the_key_frame_alone(inputs):
                         "img_view_transformer.depth_net.bn": 2,
                         "img_bev_encoder_backbone.layers.0.0.conv1.bn": 1}.items():
         assert module.get_buffer(f"{name}.num_batches_tracked") == count, name
+
+
+@pytest.mark.parametrize("options", [{}, {"with_prev": False}, {"legacy_adjacent_extrinsics": False}])
+def test_without_gradient_both_frames_share_a_pass(inputs, options):
+    module = build_module(**options)
+    one_by_one = forward(module, inputs)
+    with torch.no_grad():
+        together = forward(module, inputs)
+    assert together.key_features is None
+    for name in ("depth", "context"):
+        torch.testing.assert_close(getattr(together, name), getattr(one_by_one, name))
+    for mine, theirs in zip(together.volumes, one_by_one.volumes, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_frames_in_one_pass_through_the_backbone(module, inputs):
+    images = [frame.flatten(0, 1) for frame in split_frames(inputs, CAMS, FRAMES)[0]]
+    with torch.no_grad():
+        expected = [module.frame_features(image) for image in images[:2]]
+        features = module._batch_features(images, full=2)
+        assert features[2].neck is None
+        torch.testing.assert_close(features[2].stereo, module.img_backbone.first_stage(images[2]))
+    for mine, theirs in zip(features, expected, strict=False):
+        torch.testing.assert_close(mine.stereo, theirs.stereo)
+        torch.testing.assert_close(mine.neck, theirs.neck)
 
 
 @pytest.mark.parametrize("option", [{"num_adj": 2}, {"stereo_feat_index": 1}, {"return_intermediate": False}])

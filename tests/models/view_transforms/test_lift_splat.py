@@ -101,7 +101,8 @@ def test_lift_and_splat_equal_a_loop(scene):
     torch.testing.assert_close(volume, expected)
     module.truncate_toward_zero = False
     with torch.no_grad():
-        assert not torch.allclose(module(feature, module.geometry(camera, camera.key_ego_from_camera, bda))[0], expected)
+        floored, *_ = module(feature, module.geometry(camera, camera.key_ego_from_camera, bda))
+    assert not torch.allclose(floored, expected)
 
 
 def test_gradients_reach_depth_and_context(scene):
@@ -171,7 +172,7 @@ def test_the_stereo_variant_hands_a_cost_volume_to_the_depth_net(scene):
     camera = CameraFrame(camera.key_ego_from_camera, older, camera.intrinsics, camera.post_aug)
     module = LSSVStereoForwardProjection(**{**CONFIG, "depthnet_cfg": {**CONFIG["depthnet_cfg"], "stereo": True}})
     seen = []
-    module.depth_net.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    module.depth_net.cost_volumn_net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     stereo = torch.rand(2, BATCH * CAMS, 8, 4 * SIZE[0], 4 * SIZE[1], generator=generator).requires_grad_()
     volume, depth, context = module.eval()(
         feature, module.geometry(camera, camera.key_ego_from_camera, bda), stereo[0], stereo[1])
