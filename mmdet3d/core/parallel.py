@@ -111,8 +111,13 @@ def _rendezvous(launcher: str, port: int | None) -> None:
         os.environ["MASTER_PORT"] = str(20000 + job % 40000)  # other jobs on these machines get other ports
 
 
-def choose_gpu(place: Place, backend: str) -> torch.device:
+def choose_gpu(place: Place, backend: str, own_gpu_only: bool = False) -> torch.device:
     """The device of a process: the GPU with its local number, or the CPU where there is none.
+
+    Args:
+        place: Where the process stands.
+        backend: Backend of the process group.
+        own_gpu_only: The launcher may show each process its own GPU only, as Slurm does if asked to.
 
     Raises:
         ValueError: NCCL is to be used by more processes than there are GPUs.
@@ -120,7 +125,7 @@ def choose_gpu(place: Place, backend: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         return torch.device("cpu")
-    if backend == "nccl" and place.local_rank >= count:
+    if backend == "nccl" and place.local_rank >= count and not (own_gpu_only and count == 1):
         raise ValueError(f"process {place.local_rank} of this machine has no GPU of its own: PyTorch sees {count}; "
                          f"start at most {count} processes, or set dist_params.backend=gloo to share GPUs")
     torch.cuda.set_device(place.local_rank % count)
@@ -150,7 +155,7 @@ def init_distributed(launcher: str, dist_params: Mapping[str, Any] | None = None
     if backend not in ("nccl", "gloo"):
         raise ConfigError(f"dist_params.backend: expected nccl or gloo, got {backend!r}")
     place = find_place(launcher)
-    device = choose_gpu(place, backend if launcher != "none" else "")
+    device = choose_gpu(place, backend if launcher != "none" else "", own_gpu_only=launcher == "slurm")
     if launcher == "none":
         return device
     _rendezvous(launcher, params.get("port"))
