@@ -35,3 +35,20 @@ def shared():
     if not (folder / "golden").is_dir():
         pytest.skip(f"golden values and sample data not found: {folder} (set STCOCC_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    """Folder of a synthetic data set with all files for training and evaluation: few small frames.
+
+    Scenes of 3 frames, two to train on and two to evaluate; data.train.ann_file is
+    ``stcocc-nuscenes_infos_train.pkl`` in it, that of the others ``stcocc-nuscenes_infos_val.pkl``.
+    """
+    from mmdet3d.datasets.synthetic.prepare import prepare_dataset
+    from mmdet3d.datasets.synthetic.scene import WorldSettings
+
+    folder = tmp_path_factory.mktemp("tiny_world")
+    scenes = ("scene-0061", "scene-0553", "scene-0103", "scene-0916")  # two of the train and two of the val split
+    paths = prepare_dataset(folder, WorldSettings(scenes, frames=3, image_size=(192, 108)))
+    assert set(paths) == {"train", "val"}
+    return folder
