@@ -1,6 +1,7 @@
 """Times the data side against plain versions of the same work, both in one run.
 
-    python tools/bench_data.py --part multiscale --labels data/nuscenes/gts/<scene>/<token>/labels.npz --json bench.json
+    taskset -c 0,1 python tools/bench_data.py --json data.json
+    python tools/bench_data.py --labels data/nuscenes/gts/<scene>/<token>/labels.npz
 
 multiscale: the three coarse label grids of one sample, and the whole of tools/generate_ms_occ.py, against a loop over
 the blocks (tests/datasets/converters/literal_multiscale.py). Without --labels it works on a street of its own.
@@ -8,8 +9,6 @@ the blocks (tests/datasets/converters/literal_multiscale.py). Without --labels i
 
 import argparse
 import importlib.util
-import json
-import os
 import pickle
 import platform
 import statistics
@@ -20,7 +19,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
+
+from mmdet3d.datasets.converters.multiscale_gt import FACTORS, downsample_scales
+from mmdet3d.datasets.converters.parallel import available_cpus
+from mmdet3d.datasets.infos import load_infos
+from mmdet3d.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FREE = {"occ3d": 17, "openocc": 16}
@@ -60,8 +66,6 @@ def cpu_ms(function: Callable) -> float:
 
 def bench_grids(labels: np.ndarray, free: int, rounds: int) -> dict:
     """The three grids of one sample; literal and fast take turns, so that both meet the same machine."""
-    from mmdet3d.datasets.converters.multiscale_gt import FACTORS, downsample_scales
-
     literal = load_literal()
     slow, fast = [], []
     for _ in range(rounds):
@@ -107,8 +111,6 @@ def literal_tool(infos: list[dict], free: int) -> None:
 
 def bench_tool(labels: np.ndarray, dataset: str, workers: int, samples: int, literal_samples: int) -> dict:
     """The whole tool as a command, start of the processes and files included."""
-    from mmdet3d.datasets.infos import load_infos
-
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         info_file = write_samples(root, labels, samples)
@@ -153,8 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="samples of the loop over blocks (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    sys.path.insert(0, str(ROOT))
-    facts = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
+    facts = {"machine": platform.processor() or platform.machine(), "cpus": available_cpus(),
              "python": platform.python_version(), "numpy": np.__version__, "labels": str(args.labels or "street")}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = PARTS[args.part](args)
@@ -163,9 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         row["ratio"] = row["literal_ms"] / row["fast_ms"]
         print(f"{row['case']:<50}{row['literal_ms']:>12.3f}{row['fast_ms']:>12.3f}{row['ratio']:>8.1f}x")
     if args.json:
-        partial = args.json.with_name(args.json.name + ".part")
-        partial.write_text(json.dumps({"machine": facts, "part": args.part, "cases": rows}, indent=2) + "\n")
-        partial.replace(args.json)
+        write_json(args.json, {"machine": facts, "part": args.part, "cases": rows})
 
 
 if __name__ == "__main__":

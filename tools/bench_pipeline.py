@@ -1,6 +1,9 @@
 """Samples per second of the train and test pipelines, before and after.
 
-    python tools/bench_pipeline.py config/stcocc/stcocc-r50-16f-occ3d-36e.py --info-file INFOS.pkl
+    taskset -c 0,1 python tools/bench_pipeline.py config/stcocc/stcocc-r50-16f-openocc-12e.py --json pipeline.json
+
+Without --info-file it works on frames of the small synthetic data set (data/synthetic-small, made if it is not there),
+with their images brought to the size of nuScenes' own.
 
 "literal" decodes and resizes all images of a sample with Pillow, normalises them with arithmetic and copies the test
 sample, as straightforward code does. "pipeline" are the steps of the config as they are, "uint8" the same with
@@ -10,7 +13,6 @@ together) say more than samples per second.
 
 import argparse
 import copy
-import json
 import pickle
 import platform
 import resource
@@ -21,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
 from mmcv import Config
@@ -29,11 +33,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mmdet3d.datasets import build_dataset
+from mmdet3d.datasets.converters.parallel import available_cpus
 from mmdet3d.datasets.infos import load_infos, resolve_path
 from mmdet3d.datasets.pipelines.augmentation import ImageAugmentation
 from mmdet3d.datasets.pipelines.images import MEAN, STD, ImageReader, PrepareImageInputs
-from mmdet3d.utils.files import atomic_write
+from mmdet3d.datasets.synthetic.prepare import INFO_FILE, prepare_dataset
+from mmdet3d.utils.files import write_json
 
+ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("literal", "pipeline", "uint8")
 
 
@@ -64,9 +71,20 @@ class LiteralImages(PrepareImageInputs):
         return results
 
 
-def make_sequence(info_file: Path, frames: int, folder: Path, label_folder: Path | None) -> Path:
-    """An info file with one sequence of ``frames`` frames that repeats records, every image under its own name."""
+def small_set() -> Path:
+    """Info file of the small synthetic data set, which is made if it is not there."""
+    info_file = ROOT / "data/synthetic-small" / INFO_FILE.format(split="train")
+    return info_file if info_file.is_file() else prepare_dataset(info_file.parent, workers=available_cpus())["train"]
+
+
+def make_sequence(info_file: Path, frames: int, folder: Path, label_folder: Path | None,
+                  image_size: tuple[int, int] | None = None) -> Path:
+    """An info file with one sequence of ``frames`` frames that repeats records, every image under its own name.
+
+    Images of another size than ``image_size`` (width, height) are scaled to it and written as JPEG anew.
+    """
     records = load_infos(info_file)
+    sources: dict[str, tuple[Path, float]] = {}
     infos = []
     for i in range(frames):
         info = copy.deepcopy(records[i % len(records)])
@@ -74,13 +92,28 @@ def make_sequence(info_file: Path, frames: int, folder: Path, label_folder: Path
         info["occ_path"] = str(label_folder.absolute() if label_folder else resolve_path(info["occ_path"], info_file))
         info["lidar_path"] = str(resolve_path(info["lidar_path"], info_file).absolute())
         for name, camera in info["cams"].items():
+            original = camera["data_path"]
+            if original not in sources:
+                target = folder / f"source{len(sources)}.jpg"
+                sources[original] = scaled_image(resolve_path(original, info_file), image_size, target)
+            path, factor = sources[original]
+            camera["cam_intrinsic"] = np.diag([factor, factor, 1.0]) @ camera["cam_intrinsic"]
             link = folder / f"{name}_{i}"
-            link.symlink_to(resolve_path(camera["data_path"], info_file).absolute())
+            link.symlink_to(path.absolute())
             camera["data_path"] = str(link)
         infos.append(info)
     path = folder / "infos.pkl"
     path.write_bytes(pickle.dumps({"infos": infos, "metadata": {}}))
     return path
+
+
+def scaled_image(path: Path, size: tuple[int, int] | None, target: Path) -> tuple[Path, float]:
+    """An image file of ``size``, ``path`` itself if it has it, and the factor by which it was scaled."""
+    with Image.open(path) as image:
+        if size is None or image.size == size:
+            return path, 1.0
+        image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(target, quality=92)
+        return target, size[0] / image.width
 
 
 def dataset_of(config: Mapping, info_file: Path, variant: str):
@@ -128,12 +161,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--info-file", type=Path, required=True, help="info pickle whose frames are repeated")
+    parser.add_argument("--info-file", type=Path, help="info pickle whose frames are repeated (data/synthetic-small)")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(1600, 900), metavar=("W", "H"),
+                        help="bring images to this size first, 0 0: as they are (1600 900)")
     parser.add_argument("--label-folder", type=Path, help="one folder with labels for all samples; default: their own")
-    parser.add_argument("--frames", type=int, default=24, help="length of the sequence")
+    parser.add_argument("--frames", type=int, default=16, help="length of the sequence (%(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=1, help="keep the best of so many runs")
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args(argv)
 
 
@@ -144,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = Config.fromfile(str(args.config)).data.to_dict()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        info_file = make_sequence(args.info_file, args.frames, Path(folder), args.label_folder)
+        info_file = make_sequence(args.info_file or small_set(), args.frames, Path(folder), args.label_folder,
+                                  tuple(args.image_size) if all(args.image_size) else None)
         for split in ("train", "test"):
             for workers in args.workers:
                 for variant in VARIANTS:
@@ -153,11 +189,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                             "cpu_s_per_sample": min(run["cpu_s_per_sample"] for run in runs)}
                     rows.append({"split": split, "workers": workers, "variant": variant, **best})
     report(rows)
-    if args.out:
-        record = {"config": str(args.config), "frames": args.frames, "machine": platform.processor() or
-                  platform.machine(), "python": platform.python_version(), "torch": torch.__version__, "rows": rows}
-        with atomic_write(args.out) as file:
-            file.write(json.dumps(record, indent=1).encode())
+    if args.json:
+        write_json(args.json, {
+            "config": str(args.config), "frames": args.frames, "image_size": args.image_size,
+            "infos": str(args.info_file or "data/synthetic-small"), "machine": platform.processor() or
+            platform.machine(), "cpus": available_cpus(), "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "rows": rows})
     return 0
 
 
