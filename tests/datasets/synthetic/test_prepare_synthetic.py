@@ -1,16 +1,21 @@
 """A synthetic data set made ready for use: info files that can be moved, coarse labels, and both label sets."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmcv import Config
 
 from mmdet3d.datasets import build_dataset
 from mmdet3d.datasets.infos import DataError, load_infos
+from mmdet3d.datasets.loader import build_dataloader, to_device
 from mmdet3d.datasets.synthetic.prepare import SMALL, prepare_dataset
 from mmdet3d.datasets.synthetic.scene import WorldSettings
+from mmdet3d.models import build_model
 
+CONFIGS = Path(__file__).resolve().parents[3] / "config/stcocc"
 SETTINGS = WorldSettings(("scene-0061", "scene-0103"), frames=1, image_size=(64, 36))
 
 
@@ -28,8 +33,7 @@ def prepared(tmp_path_factory):
 def config(split, dataset_name, prepared):
     """``data.<split>`` of a published config with small images, on the prepared data."""
     names = {"openocc": "openocc-12e", "occ3d": "occ3d-36e"}
-    path = __file__.split("tests")[0] + f"config/stcocc/stcocc-r50-16f-{names[dataset_name]}.py"
-    data = Config.fromfile(path).data[split].to_dict()
+    data = Config.fromfile(str(CONFIGS / f"stcocc-r50-16f-{names[dataset_name]}.py")).data[split].to_dict()
     for step in data["pipeline"]:
         if "data_config" in step:
             step["data_config"]["input_size"] = (32, 64)
@@ -66,6 +70,34 @@ def test_published_pipelines_run_on_it(prepared, dataset_name, classes):
         assert truth["flow"] is None and 0 < truth["mask_camera"].mean() < 0.5
     else:
         assert truth["mask_camera"] is None and np.abs(truth["flow"]).max() > 1
+
+
+def test_the_tiny_config_trains_on_it(prepared):
+    cfg = Config.fromfile(str(CONFIGS / "stcocc-tiny-synthetic.py"))
+    dataset = build_dataset({**cfg.data.train, "ann_file": str(prepared["train"]), "sequences_split_num": 1})
+    loader = build_dataloader(dataset, 1, 0, training=True, seed=1)
+    torch.manual_seed(0)
+    model = build_model(cfg.model).train()
+    for _, batch in zip(range(2), loader, strict=False):
+        assert batch["voxel_semantics"].shape == (1, 40, 40, 8) and batch["voxel_flows"].shape == (1, 40, 40, 8, 2)
+        out = model.train_step(to_device(batch, torch.device("cpu")), None)
+        model.zero_grad()
+        out["loss"].backward()
+        assert np.isfinite(list(out["log_vars"].values())).all() and out["log_vars"]["loss_flow"] > 0
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        assert all(torch.isfinite(gradient).all() for gradient in gradients) and len(gradients) > 100
+
+
+def test_the_tiny_config_is_evaluated_with_the_labels_it_trains_on(prepared):
+    cfg = Config.fromfile(str(CONFIGS / "stcocc-tiny-synthetic.py"))
+    test = build_dataset({**cfg.data.test, "ann_file": str(prepared["val"])})
+    steps = [step for step in cfg.data.train.pipeline if "OccGT" in step["type"]]
+    sample = build_dataset({**cfg.data.test, "ann_file": str(prepared["val"]), "pipeline": steps})[0]
+    truth = test.ground_truth(0)
+    np.testing.assert_array_equal(truth["semantics"], sample["voxel_semantics"])
+    np.testing.assert_array_equal(truth["flow"], sample["voxel_flows"])
+    moving = np.abs(truth["flow"]).max(-1) > 1
+    assert moving.any() and (truth["semantics"][moving] < 8).all()
 
 
 def test_damaged_labels_are_told(prepared, tmp_path):
