@@ -7,6 +7,8 @@ import pytest
 import torch
 from golden_cases import NUM_CLASSES, build, eval_tensors, load_module, sampled_error
 
+from mmdet3d.utils.fold_batch_norm import fold_batch_norm
+
 TOLERANCE = 1e-3  # standard deviations, for 99.9 % of the samples
 SAME_CLASS = 0.9998
 
@@ -23,13 +25,16 @@ def test_state_dict_equals_the_reference(shared, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, frames", [("openocc", 3), ("occ3d", 2)])
-def test_eval_equals_the_reference(shared, device, name, frames, record_property):
+@pytest.mark.parametrize("name, frames, folded", [("openocc", 3, False), ("openocc", 3, True), ("occ3d", 2, False)])
+def test_eval_equals_the_reference(shared, device, name, frames, folded, record_property):
     fill = load_module(shared / "golden/fill.py")
     golden = np.load(shared / f"golden/{name}_eval.npz")
     model = build(name)
     fill.fill_state_dict(model, NUM_CLASSES[name])
-    model.eval().to(device)
+    model.eval()
+    if folded:
+        model = fold_batch_norm(model, inplace=True)
+    model.to(device)
     sequence = fill.make_sequence(seed=0, frames=frames, num_classes=NUM_CLASSES[name])
     memory, errors, equal = None, {}, {}
     with torch.no_grad(), fill.deterministic_noise(model):

@@ -7,6 +7,7 @@ from golden_cases import build, load_module
 
 from mmdet3d.models.detectors.frame_plan import map_tensors
 from mmdet3d.models.view_transforms import ForwardFeatures
+from mmdet3d.utils.fold_batch_norm import fold_batch_norm
 
 BATCH = 2
 FLOW_SEED = 5
@@ -28,14 +29,21 @@ def generator(shared):
 
 
 @pytest.fixture
-def model(generator, device):
+def unfolded(generator):
     model = build("openocc")
     generator.fill_model(model)
-    return model.eval().to(device)
+    return model.eval()
+
+
+@pytest.fixture
+def model(unfolded, device):
+    return unfolded.to(device)
 
 
 @pytest.mark.slow
-def test_image_branch(shared, device, generator, model, record_property):
+@pytest.mark.parametrize("folded", [False, True])
+def test_image_branch(shared, device, generator, unfolded, folded, record_property):
+    model = (fold_batch_norm(unfolded, inplace=True) if folded else unfolded).to(device)
     golden = np.load(shared / "spec/golden/golden_image.npz")
     inputs, _ = generator.make_batch(1, 1, (False,), (3,), ((1, -1),))
     seen = {"adj": {}, "key": {}}

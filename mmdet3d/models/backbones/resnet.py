@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mmdet.models.backbones.resnet import ResNet as MMDetResNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet3d.registry import BACKBONES
+from mmdet3d.utils.fused_conv import FusedConv
 
 
 @BACKBONES.register_module()
@@ -30,6 +31,14 @@ class ResNet(MMDetResNet):
     def train(self, mode: bool = True) -> ResNet:
         """Switch to training or evaluation mode; mmdet's ResNet forgets to return itself."""
         super().train(mode)
+        return self
+
+    def fold_batch_norm(self) -> ResNet:
+        """The backbone for evaluation: itself, with the stem changed; the residual blocks follow."""
+        if not self.deep_stem:
+            self.conv1 = FusedConv(self.conv1, self.norm1, relu=True)
+            setattr(self, self.norm1_name, nn.Identity())
+            self.relu = nn.Identity()
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mmdet3d.registry import BACKBONES
+from mmdet3d.utils.fused_conv import FusedBlock
 
 CONV3D, NORM3D = {"type": "Conv3d"}, {"type": "BN3d"}
 
@@ -43,6 +44,11 @@ class BasicBlock3D(nn.Module):
         """Apply the block."""
         identity = x if self.downsample is None else self.downsample(x)
         return F.relu(self.conv2(self.conv1(x)) + identity)
+
+    def fold_batch_norm(self) -> nn.Module:
+        """The block for evaluation."""
+        shortcut = None if self.downsample is None else (self.downsample.conv, self.downsample.norm)
+        return FusedBlock([(self.conv1.conv, self.conv1.norm), (self.conv2.conv, self.conv2.norm)], shortcut)
 
 
 @BACKBONES.register_module()

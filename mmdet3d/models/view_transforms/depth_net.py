@@ -7,6 +7,8 @@ from mmdet.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdet3d.utils.fused_conv import FusedConv, fold_norm_into_next
+
 NUM_CAMERA_PARAMETERS = 27
 #: Keys of ``depthnet_cfg`` in config files.
 DEPTHNET_KEYS = ("use_dcn", "use_aspp", "stereo", "bias", "cost_volume_downsample", "aspp_mid_channels")
@@ -51,6 +53,10 @@ class _ASPPBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.atrous_conv(x)))
 
+    def fold_batch_norm(self) -> nn.Module:
+        """The branch for evaluation."""
+        return FusedConv(self.atrous_conv, self.bn, relu=True)
+
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (Chen et al. arXiv 1706.05587), [M, C, h, w] -> [M, C, h, w]."""
@@ -66,6 +72,7 @@ class ASPP(nn.Module):
             nn.ReLU())
         self.conv1 = nn.Conv2d(5 * mid_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(0.5)
         self._init_weights()
 
@@ -78,7 +85,12 @@ class ASPP(nn.Module):
         """Apply the five branches and mix them."""
         pooled = self.global_avg_pool(x).expand(-1, -1, *x.shape[-2:])
         branches = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), pooled]
-        return self.dropout(F.relu(self.bn1(self.conv1(torch.cat(branches, 1)))))
+        return self.dropout(self.relu(self.bn1(self.conv1(torch.cat(branches, 1)))))
+
+    def fold_batch_norm(self) -> nn.Module:
+        """The pyramid for evaluation: itself, changed."""
+        self.conv1, self.bn1, self.relu = FusedConv(self.conv1, self.bn1, relu=True), nn.Identity(), nn.Identity()
+        return self
 
 
 class DepthNet(nn.Module):
@@ -133,6 +145,13 @@ class DepthNet(nn.Module):
         self.stereo = stereo
         self.bias = bias
         self.with_cp = with_cp
+
+    def fold_batch_norm(self) -> nn.Module:
+        """The net for evaluation: itself, with the camera vector's norm in the layers that read it."""
+        for mlp in (self.depth_mlp, self.context_mlp):
+            fold_norm_into_next(self.bn, mlp.fc1)
+        self.bn = nn.Identity()
+        return self
 
     def forward(self, x: Tensor, camera: Tensor, matching: Tensor | None) -> tuple[Tensor, Tensor]:
         """Depth logits [M, D, h, w] and context [M, C, h, w].
