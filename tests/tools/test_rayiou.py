@@ -177,7 +177,7 @@ def test_bad_files_are_named(tmp_path, capsys, where):
 
 def test_random_bytes_never_crash_the_reader(tmp_path):
     from mmdet3d.datasets.infos import DataError
-    from mmdet3d.datasets.metrics.files import read_arrays
+    from mmdet3d.datasets.metrics.npz import read_arrays
 
     np.savez_compressed(tmp_path / "good.npz", semantics=np.arange(60).reshape(5, 4, 3))
     good, rng = (tmp_path / "good.npz").read_bytes(), np.random.default_rng(1)
@@ -188,7 +188,7 @@ def test_random_bytes_never_crash_the_reader(tmp_path):
             data[position] = rng.integers(0, 256)
         (tmp_path / "bad.npz").write_bytes(bytes(data[:rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data))
         try:
-            read_arrays(tmp_path / "bad.npz")
+            read_arrays(tmp_path / "bad.npz", ["semantics"])
         except DataError as error:
             refused += 1
             assert "bad.npz" in str(error)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +16,11 @@ from mmdet3d.datasets.labels import LabelSet, label_set
 from mmdet3d.utils.files import prediction_path
 
 from .hit_cache import HitCache
+from .npz import read_arrays
 from .ray_iou import RayMetric
 from .voxel_iou import VoxelMIoU
+
+_ARRAYS = ("semantics", "pred", "flow", "mask_camera")
 
 
 @dataclass(frozen=True)
@@ -86,25 +87,6 @@ def find_samples(infos: Sequence[Mapping], pred: str | os.PathLike, gt: str | os
     return found, missing
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz`` file that evaluation may need.
-
-    Raises:
-        DataError: the file is missing, damaged, or holds objects instead of arrays.
-    """
-    wanted = ("semantics", "pred", "flow", "mask_camera")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return {name: archive[name] for name in wanted if name in archive.files}
-    except FileNotFoundError:
-        raise DataError(f"file not found: {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, MemoryError, SyntaxError, RuntimeError,
-            OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged or no .npz file of arrays ({type(error).__name__}: {error})") from None
-
-
 def _labels(path: Path, arrays: Mapping, names: Sequence[str], labels: LabelSet) -> np.ndarray:
     name = next((name for name in names if name in arrays), None)
     if name is None:
@@ -126,7 +108,7 @@ def read_sample(files: SampleFiles, labels: LabelSet) -> Sample:
     Raises:
         DataError: a file is missing or damaged, lacks an array, or has no free voxel.
     """
-    predicted, true = read_arrays(files.prediction), read_arrays(files.ground_truth)
+    predicted, true = read_arrays(files.prediction, _ARRAYS), read_arrays(files.ground_truth, _ARRAYS)
     needed = "mask_camera" if labels.name == "occ3d" else "flow"
     if needed not in true:
         raise DataError(f"{files.ground_truth} has no array {needed!r}; is it a label file of {labels.name}?")
@@ -174,10 +156,10 @@ class FileEvaluation:
         try:
             rays.add(files.token, sample.pred_semantics, sample.gt_semantics, origins, sample.pred_flow, sample.gt_flow)
             voxels.add(files.token, sample.pred_semantics, sample.gt_semantics, sample.mask)
+            return rays.state_dict(), voxels.state_dict()
         except (ValueError, TypeError) as error:
             path = files.ground_truth if str(error).startswith(("gt", "mask")) else files.prediction
             raise DataError(f"{path}: {re.sub('^(pred|gt)_', '', str(error))}") from None
-        return rays.state_dict(), voxels.state_dict()
 
     def __call__(self, job: tuple[SampleFiles, np.ndarray]) -> tuple[dict, dict]:
         """From files and origins to the states of both metrics; raises DataError naming the file at fault."""

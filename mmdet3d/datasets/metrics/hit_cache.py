@@ -2,14 +2,15 @@
 
 import hashlib
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from mmdet3d.datasets.infos import DataError
 from mmdet3d.structures import VoxelGrid
 from mmdet3d.utils.files import atomic_write
 
+from .npz import read_arrays
 from .rays import lidar_rays
 
 _FORMAT = b"ray hits 1"
@@ -50,10 +51,12 @@ class HitCache:
     def load(self, key: str, count: int, num_voxels: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(count,) int32 voxels and float32 distances, or None if there is no usable file."""
         try:
-            with np.load(self._path(key), allow_pickle=False) as file:
-                voxel, distance = file["voxel"], file["distance"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            arrays = read_arrays(self._path(key), ("voxel", "distance"))
+        except DataError:
             return None
+        if len(arrays) < 2:
+            return None
+        voxel, distance = arrays["voxel"], arrays["distance"]
         if voxel.shape != (count,) or distance.shape != (count,):
             return None
         if voxel.dtype != np.int32 or distance.dtype != np.float32:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from mmdet3d.datasets.labels import LabelSet, label_set
 from mmdet3d.ops.ray_cast import ray_cast
+from mmdet3d.ops.ray_counts import RayTotals, ray_counts
 from mmdet3d.structures import VoxelGrid
 
 from .coverage import Coverage
 from .hit_cache import HitCache
-from .inputs import CHUNK, Array, as_flow, as_labels, as_origins
+from .inputs import Array, as_flow, as_labels, as_origins, upload
+from .ray_problems import problem_text
 from .ray_scores import scores
 from .rays import LABEL_GRID, lidar_rays
 
@@ -54,6 +57,26 @@ class RayCounts:
         for field in dataclasses.fields(self):
             getattr(self, field.name)[...] += getattr(other, field.name)
 
+    @classmethod
+    def of(cls, totals: RayTotals) -> "RayCounts":
+        """Counts in the memory of the CPU."""
+        rows = totals.counts.numpy()
+        return cls(rows[0], rows[1], rows[2:5], totals.flow_error.numpy(), rows[5])
+
+
+class _Place(NamedTuple):
+    """What a device holds.
+
+    Attributes:
+        rays: (R, 3) float64.
+        totals: What was counted there and not fetched.
+        index: By numbers of grids and origins: the grid of each of their casts.
+    """
+
+    rays: Tensor
+    totals: RayTotals
+    index: dict[tuple[int, int], Tensor]
+
 
 class RayMetric:
     """RayIoU (Liu et al., "Fully Sparse 3D Occupancy Prediction", arXiv 2312.17118), with the flow error (AVE).
@@ -72,6 +95,11 @@ class RayMetric:
     Only counters and the tokens of the samples are kept. ``add`` samples as predictions arrive, in any process;
     ``merge`` the states; ``check_coverage``; read ``result``.
 
+    On a GPU the counters lie there, and ``add`` does not wait for it: they are fetched when they are asked for, by
+    ``settle``, ``merge``, ``result``, ``state_dict`` or ``counts``. A sample gives the same bits on CPU and GPU, with
+    any number of threads; sums of flow errors over samples may differ in the last digits if they are added, merged or
+    fetched in another order.
+
     Args:
         labels: Label set, or its name.
         grid: Where the label grids lie; cubic voxels.
@@ -85,15 +113,25 @@ class RayMetric:
         if len(set(grid.cell)) != 1:
             raise ValueError(f"rays need cubic voxels, got {grid.cell}")
         self.grid = grid
-        self.counts = RayCounts.zeros(self.labels.num_classes)
         self.coverage = Coverage()
+        self._counts = RayCounts.zeros(self.labels.num_classes)
         self._device = None if device is None else torch.device(device)
         self._cache = cache
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._places: dict[torch.device, _Place] = {}
+        self._failure: str | None = None
+
+    @property
+    def counts(self) -> RayCounts:
+        """What was counted so far; raises as :meth:`settle` does."""
+        self.settle()
+        return self._counts
 
     def add(self, token: str, pred_semantics: Array, gt_semantics: Array, origins: Array,
             pred_flow: Array | None = None, gt_flow: Array | None = None) -> None:
         """Count one sample.
+
+        A GPU is not waited for if origins are in the memory of the CPU, labels on the GPU are uint8 and no cache is
+        used. Some errors then come later: see :meth:`settle`.
 
         Args:
             token: Name of the sample; each counts once.
@@ -116,25 +154,46 @@ class RayMetric:
         size, count = self.grid.size_xyz, self.labels.num_classes
         pred = as_labels("pred_semantics", pred_semantics, size, count, device)
         gt = as_labels("gt_semantics", gt_semantics, size, count, device)
-        flows = [None if flow is None else as_flow(name, flow, size, device)
-                 for name, flow in (("pred_flow", pred_flow), ("gt_flow", gt_flow))]
+        predicted = None if pred_flow is None else as_flow("pred_flow", pred_flow, size, device)
+        true = None if gt_flow is None else as_flow("gt_flow", gt_flow, size, device).half()
+        if predicted is not None and predicted.dtype == torch.bfloat16:
+            predicted = predicted.float()
         positions = as_origins(origins)
-        counted = self._count(pred, gt, positions, *flows)
+        self._count(len(self.coverage), torch.stack([pred, gt]), positions, predicted, true)
+        if device.type == "cpu" and (problem := self._fetch(self._place(device).totals)):
+            raise ValueError(problem_text(problem, None, count))
         self.coverage.claim(token)
-        self.counts.add(counted)
+
+    def settle(self) -> None:
+        """Wait for what GPUs still count, and fetch it.
+
+        Raises:
+            ValueError: a sample that was added from a GPU has a label outside the class table, or a predicted flow that
+                is not finite at a true positive; names the first such sample. No result can be had then, however often
+                it is asked for, until :meth:`load_state_dict` starts again.
+        """
+        for place in self._places.values():
+            if (problem := self._fetch(place.totals)) and self._failure is None:
+                token = self.coverage.tokens[problem[1]]
+                self._failure = problem_text(problem, token, self.labels.num_classes)
+        if self._failure is not None:
+            raise ValueError(self._failure)
 
     def merge(self, other: "RayMetric") -> None:
         """Add what ``other`` has counted.
 
         Raises:
-            ValueError: it has another label set or grid.
+            ValueError: it has another label set or grid, or one of both holds a sample that cannot be counted, see
+                :meth:`settle`.
             CoverageError: both have seen the same sample.
         """
         if (other.labels, other.grid) != (self.labels, self.grid):
             raise ValueError(f"cannot merge a metric of {other.labels.name} on {other.grid} into one of "
                              f"{self.labels.name} on {self.grid}")
+        counts = other.counts
+        self.settle()
         self.coverage.merge(other.coverage)
-        self.counts.add(other.counts)
+        self._counts.add(counts)
 
     def check_coverage(self, expected: list[str]) -> None:
         """Raises CoverageError, with tokens, unless exactly the ``expected`` samples were added."""
@@ -145,8 +204,8 @@ class RayMetric:
         return scores(self.counts, self.labels, samples=len(self.coverage))
 
     def state_dict(self) -> dict:
-        """Plain arrays and strings; :meth:`load_state_dict` is the inverse."""
-        counts = {field.name: getattr(self.counts, field.name).copy() for field in dataclasses.fields(RayCounts)}
+        """Plain arrays and strings; :meth:`load_state_dict` is the inverse. Raises as :meth:`settle` does."""
+        counts = {name: array.copy() for name, array in vars(self.counts).items()}
         return {"classes": self.labels.classes, "grid": dataclasses.astuple(self.grid), "tokens": self.coverage.tokens,
                 **counts}
 
@@ -162,86 +221,59 @@ class RayMetric:
         grid = tuple(tuple(part) for part in state["grid"])
         if (tuple(state["classes"]), grid) != (self.labels.classes, dataclasses.astuple(self.grid)):
             raise ValueError(f"the state is of other classes or another grid than {self.labels.name}")
+        for place in self._places.values():
+            place.totals.memory.zero_()
+        self._failure = None
         self.coverage = Coverage(state["tokens"])
-        self.counts = RayCounts(**{name: np.array(state[name]) for name in names})
+        self._counts = RayCounts(**{name: np.array(state[name]) for name in names})
 
     def _device_of(self, prediction: Array) -> torch.device:
         if self._device is not None:
             return self._device
         return prediction.device if isinstance(prediction, Tensor) else torch.device("cpu")
 
-    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(R, 3) rays, and (K,) bool whether a class can move."""
-        if device not in self._constants:
-            moving = torch.from_numpy(self.labels.flow_mask[: self.labels.num_classes])
-            self._constants[device] = torch.from_numpy(lidar_rays()).to(device), moving.to(device)
-        return self._constants[device]
+    def _place(self, device: torch.device) -> _Place:
+        """What ``device`` holds, made at the first use."""
+        if device not in self._places:
+            rays = torch.from_numpy(lidar_rays()).double().to(device)
+            self._places[device] = _Place(rays, RayTotals(self.labels.num_classes, device), {})
+        return self._places[device]
 
-    def _cast(self, grids: list[Tensor], origins: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(G, T * R) int64 voxels and float32 distances of the same rays in each of G grids."""
-        device, count = grids[0].device, len(origins)
-        starts = torch.from_numpy(np.tile(origins, (len(grids), 1))).to(device)
-        index = torch.arange(len(grids), device=device).repeat_interleave(count)
-        rays, _ = self._constants_on(device)
-        hits = ray_cast(torch.stack(grids), starts, rays, index, free_label=self.labels.free_index, low=self.grid.low,
-                        cell_size=self.grid.cell[0])
-        return hits.voxel.view(len(grids), -1).long(), hits.distance.view(len(grids), -1)
+    def _fetch(self, totals: RayTotals) -> list[int] | None:
+        """Add what was counted to the counts here; returns what is wrong with a sample, if it could not be counted."""
+        taken = totals.take()
+        self._counts.add(RayCounts.of(taken))
+        problem = taken.problem.tolist()
+        return problem if problem[0] else None
 
-    def _cast_both(self, pred: Tensor, gt: Tensor, origins: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _cast(self, grids: Tensor, origins: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(G, T * R) int32 voxels and float32 distances of the same rays in each of (G, X, Y, Z) grids."""
+        place, key = self._place(grids.device), (len(grids), len(origins))
+        if key not in place.index:
+            place.index[key] = upload(torch.arange(key[0]).repeat_interleave(key[1]), grids.device)
+        starts = upload(torch.from_numpy(np.tile(origins, (len(grids), 1))), grids.device)
+        hits = ray_cast(grids, starts, place.rays, place.index[key], free_label=self.labels.free_index,
+                        low=self.grid.low, cell_size=self.grid.cell[0])
+        return hits.voxel.view(len(grids), -1), hits.distance.view(len(grids), -1)
+
+    def _cast_both(self, grids: Tensor, origins: np.ndarray) -> tuple[Tensor, Tensor]:
         """As :meth:`_cast`, of prediction and ground truth, the latter from the cache if possible."""
         if self._cache is None:
-            return self._cast([pred, gt], origins)
-        key = self._cache.key(gt.cpu().numpy(), origins, self.labels.free_index, self.grid)
+            return self._cast(grids, origins)
+        key = self._cache.key(grids[1].cpu().numpy(), origins, self.labels.free_index, self.grid)
         found = self._cache.load(key, len(origins) * len(lidar_rays()), self.grid.num_voxels)
         if found is None:
-            both = self._cast([pred, gt], origins)
-            self._cache.save(key, both[0][1].int().cpu().numpy(), both[1][1].cpu().numpy())
-            return both
-        voxel, distance = self._cast([pred], origins)
-        known = [torch.from_numpy(array).to(pred.device) for array in found]
-        return torch.cat([voxel, known[0][None].long()]), torch.cat([distance, known[1][None]])
+            voxel, distance = self._cast(grids, origins)
+            self._cache.save(key, voxel[1].cpu().numpy(), distance[1].cpu().numpy())
+            return voxel, distance
+        voxel, distance = self._cast(grids[:1], origins)
+        known = [upload(torch.from_numpy(array), grids.device)[None] for array in found]
+        return torch.cat([voxel, known[0]]), torch.cat([distance, known[1]])
 
-    def _count(self, pred: Tensor, gt: Tensor, origins: np.ndarray, pred_flow: Tensor | None,
-               gt_flow: Tensor | None) -> RayCounts:
-        voxel, distance = self._cast_both(pred, gt, origins)
-        _, moving = self._constants_on(gt.device)
-        counts = RayCounts.zeros(self.labels.num_classes)
-        rays = voxel.shape[1]
-        size = min(rays, CHUNK) if voxel.device.type == "cpu" else rays
-        for first in range(0, rays, max(size, 1)):
-            part = slice(first, first + size)
-            pred_voxel, gt_voxel = voxel[0, part], voxel[1, part]
-            pred_label, gt_label = pred.flatten()[pred_voxel].long(), gt.flatten()[gt_voxel].long()
-            error = (distance[0, part].double() - distance[1, part].double()).abs()
-            self._count_labels(counts, pred_label, gt_label, error)
-            found = ((gt_label == pred_label) & (error < FLOW_THRESHOLD) & moving[gt_label]).nonzero()[:, 0]
-            label = gt_label[found].cpu().numpy()
-            flow_error = _flow_errors(pred_flow, gt_flow, pred_voxel[found], gt_voxel[found])
-            counts.flow_rays += np.bincount(label, minlength=len(counts.gt))
-            counts.flow_error += np.bincount(label, weights=flow_error, minlength=len(counts.gt))
-        return counts
-
-    def _count_labels(self, counts: RayCounts, pred_label: Tensor, gt_label: Tensor, error: Tensor) -> None:
-        """Add rays to ``gt``, ``pred`` and ``tp``: one histogram over (thresholds met, true label, predicted label)."""
-        classes, thresholds = self.labels.num_classes, len(THRESHOLDS)
-        within = sum((error < threshold).long() for threshold in THRESHOLDS)
-        cells = (within * classes + gt_label) * classes + pred_label
-        table = torch.bincount(cells, minlength=(thresholds + 1) * classes * classes).cpu().numpy()
-        table = table.reshape(-1, classes, classes)
-        table[:, self.labels.free_index] = 0
-        counts.gt += table.sum((0, 2))
-        counts.pred += table.sum((0, 1))
-        right = np.diagonal(table, axis1=1, axis2=2)
-        counts.tp += np.stack([right[thresholds - rank:].sum(0) for rank in range(thresholds)])
-
-
-def _flow_errors(pred_flow: Tensor | None, gt_flow: Tensor | None, pred_voxel: Tensor, gt_voxel: Tensor) -> np.ndarray:
-    """(rays,) float64 norms of predicted minus true flow in m/s; a flow that is None is zero."""
-    zero = torch.zeros(len(pred_voxel), 2, dtype=torch.float64, device=pred_voxel.device)
-    predicted = zero if pred_flow is None else pred_flow.reshape(-1, 2)[pred_voxel].double()
-    true = zero if gt_flow is None else gt_flow.reshape(-1, 2)[gt_voxel].half().double()
-    difference = true - predicted
-    errors = (difference[:, 0] * difference[:, 0] + difference[:, 1] * difference[:, 1]).sqrt().cpu().numpy()
-    if not np.isfinite(errors).all() and (wrong := int((~predicted.isfinite().all(dim=1)).sum())):
-        raise ValueError(f"pred_flow is not finite where {wrong} of {len(predicted)} true-positive rays hit")
-    return errors
+    def _count(self, sample: int, grids: Tensor, origins: np.ndarray, pred_flow: Tensor | None,
+               gt_flow: Tensor | None) -> None:
+        """Add sample number ``sample`` to the counters of its device."""
+        voxel, distance = self._cast_both(grids, origins)
+        ray_counts(self._place(grids.device).totals, grids, voxel, distance, pred_flow, gt_flow,
+                   free_label=self.labels.free_index, flow_classes=self.labels.flow_classes, thresholds=THRESHOLDS,
+                   flow_threshold=FLOW_THRESHOLD, sample=sample)

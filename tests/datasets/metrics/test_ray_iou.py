@@ -100,7 +100,7 @@ def test_golden_rows_and_result(shared, device):
     metric = RayMetric("openocc", device=device)
     for number, case in enumerate(golden_cases(shared)):
         metric.add(str(number), case["sem_pred"], case["sem_gt"], case["origins"], case["flow_pred"], case["flow_gt"])
-        grids = [torch.from_numpy(case[name]).to(device) for name in ("sem_pred", "sem_gt")]
+        grids = torch.stack([torch.from_numpy(case[name]).to(device) for name in ("sem_pred", "sem_gt")])
         voxels, distances = metric._cast(grids, case["origins"])
         for row, kind in enumerate(("pred", "gt")):
             expected, voxel = golden[f"{kind}_{number}"], voxels[row].cpu().numpy()
@@ -115,16 +115,57 @@ def test_golden_rows_and_result(shared, device):
 
 
 @pytest.mark.cuda
-def test_cuda_counts_equal_those_of_the_cpu():
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_cuda_counts_equal_those_of_the_cpu_bit_for_bit(as_tensors):
     metrics = [RayMetric("openocc", grid=SMALL, device=device) for device in ("cpu", "cuda")]
     for seed in range(6):
-        for metric in metrics:
-            metric.add(str(seed), *small_case(seed))
-    cpu, cuda = (metric.counts for metric in metrics)
-    # sums of float64 in another order; all else is counted
-    np.testing.assert_allclose(cuda.flow_error, cpu.flow_error, rtol=1e-12)
-    cuda.flow_error = cpu.flow_error
-    assert_same_counts(cpu, cuda)
+        pred, gt, origins, *flows = small_case(seed)
+        metrics[0].add(str(seed), pred, gt, origins, *flows)
+        if as_tensors:
+            pred, gt, *flows = (torch.from_numpy(array).cuda() for array in (pred, gt, *flows))
+        metrics[1].add(str(seed), pred, gt, origins, *flows)
+    assert_same_counts(metrics[0].counts, metrics[1].counts)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_adding_does_not_wait_for_the_gpu(as_tensors):
+    metric = RayMetric("openocc", grid=SMALL, device="cuda")
+    samples = []
+    for seed in range(4):
+        pred, gt, origins, *flows = small_case(seed)
+        if as_tensors:
+            pred, gt, *flows = (torch.from_numpy(array).cuda() for array in (pred, gt, *flows))
+        samples.append((pred, gt, origins, *flows))
+    metric.add("first", *samples[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, sample in enumerate(samples):
+            metric.add(str(number), *sample)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metric.result()["samples"] == 5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("position, value, message", [
+    (0, 17, "pred_semantics holds label 17; .* [(]sample b"), (1, 255, "gt_semantics holds label 255; .* [(]sample b"),
+    (3, np.nan, "pred_flow is not finite where [0-9]+ of [0-9]+ true-positive rays hit [(]sample b"),
+])
+def test_what_is_wrong_on_a_gpu_is_told_when_it_is_asked(position, value, message):
+    metric, other = RayMetric("openocc", grid=SMALL, device="cuda"), RayMetric("openocc", grid=SMALL)
+    empty, case = metric.state_dict(), list(small_case(3))
+    metric.add("a", *case)
+    metric.add("b", *(np.full_like(array, value) if i == position else array for i, array in enumerate(case)))
+    metric.add("c", *small_case(4))
+    for ask in (metric.settle, metric.result, metric.state_dict, lambda: metric.counts, lambda: other.merge(metric),
+                lambda: metric.merge(other)):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    assert len(other.coverage) == 0
+    metric.load_state_dict(empty)
+    metric.add("a", *case)
+    assert metric.result()["samples"] == 1
 
 
 def test_ground_truth_against_itself_is_perfect():
@@ -259,7 +300,8 @@ def test_the_state_stays_small():
     tracemalloc.start()
     for number in range(1000):
         labels = rng.integers(0, 17, (2, *tiny.size_xyz)).astype(np.uint8)
-        metric.add(f"{number:032x}", *labels, np.zeros((1, 3)))
+        flows = rng.normal(0, 2, (2, *tiny.size_xyz, 2)).astype(np.float16)
+        metric.add(f"{number:032x}", *labels, np.zeros((1 + number % 2, 3)), *flows)
         if number == 99:
             after_warm_up = tracemalloc.get_traced_memory()[0]
     gc.collect()  # empties the interpreter's own stores of small objects
@@ -272,6 +314,18 @@ def test_the_state_stays_small():
     assert len(pickle.dumps(whole.state_dict())) < 2**20
     tokens = sum(sys.getsizeof(token) for token in whole.coverage.tokens) + sys.getsizeof(whole.coverage._tokens)
     assert tokens + sum(array.nbytes for array in vars(whole.counts).values()) < 2**20
+
+
+@pytest.mark.cuda
+def test_the_memory_of_a_gpu_does_not_grow():
+    metric = RayMetric("openocc", grid=SMALL, device="cuda")
+    for number in range(1000):
+        metric.add(f"{number:032x}", *small_case(number % 7, origins=1 + number % 8))
+        if number == 99:
+            torch.cuda.synchronize()
+            after_warm_up = torch.cuda.memory_allocated()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= after_warm_up and metric.result()["samples"] == 1000
 
 
 def test_cached_hits_change_nothing_and_depend_on_everything(tmp_path):
@@ -292,6 +346,42 @@ def test_cached_hits_change_nothing_and_depend_on_everything(tmp_path):
             cache.key(gt, origins + 1e-9, 16, SMALL), cache.key(np.roll(gt, 1), origins, 16, SMALL),
             cache.key(gt, origins, 16, LABEL_GRID), cache.key(gt, origins[:2], 16, SMALL)}
     assert len(keys) == 6
+
+
+def test_random_bytes_in_the_cache_count_as_absent(tmp_path):
+    cache, rng = HitCache(tmp_path), np.random.default_rng(2)
+    key = "ab" * 32
+    voxel, distance = np.arange(40, dtype=np.int32), np.arange(40, dtype=np.float32)
+    cache.save(key, voxel, distance)
+    good = cache._path(key).read_bytes()
+    absent = 0
+    for number in range(200):
+        data = np.frombuffer(good, np.uint8).copy()
+        data[rng.integers(0, len(data), 6)] = rng.integers(0, 256, 6)
+        cache._path(key).write_bytes(data[: None if number % 3 else rng.integers(0, len(data))].tobytes())
+        found = cache.load(key, 40, 40)
+        absent += found is None
+        assert found is None or all(len(array) == 40 for array in found)
+    np.savez(cache._path(key), voxel=voxel)
+    assert cache.load(key, 40, 40) is None and absent > 100
+    cache._path(key).write_bytes(good)
+    np.testing.assert_array_equal(cache.load(key, 40, 40)[0], voxel)
+    assert cache.load(key, 40, 39) is None and cache.load(key, 41, 40) is None
+
+
+def test_flows_of_any_kind_end():
+    rng = np.random.default_rng(0)
+    kinds = [np.nan, np.inf, -np.inf, 6e4, 1e30, -1e300, 0.0]
+    for number in range(30):
+        pred, gt, origins, *_ = small_case(number % 4)
+        dtypes = [np.float16, np.float32, np.float64]
+        with np.errstate(over="ignore"):
+            flows = [rng.choice(kinds, (*SMALL.size_xyz, 2)).astype(dtypes[(number + i) % 3]) for i in range(2)]
+        metric = RayMetric("openocc", grid=SMALL)
+        with pytest.raises(ValueError, match="pred_flow is not finite"):
+            metric.add("a", pred, gt, origins, *flows)
+        metric.add("a", pred, gt, origins, np.nan_to_num(flows[0]), flows[1])
+        assert 0 < metric.result()["RayIoU"] <= 1 and len(metric.coverage) == 1
 
 
 def test_table():

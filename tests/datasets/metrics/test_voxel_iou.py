@@ -27,6 +27,21 @@ def test_golden(shared, device, case, labels, masked, inputs):
     assert format_voxel_iou(result).split("\n") == golden[f"{case}_lines"].tolist()
 
 
+def test_golden_of_a_published_label(shared, device):
+    golden = np.load(shared / "golden/pipeline_miou.npz")
+    files = sorted((shared / "data/nuscenes_real/gts").rglob("labels.npz"))
+    if not files:
+        pytest.skip(f"no Occ3D label in {shared / 'data/nuscenes_real/gts'}")
+    with np.load(files[0]) as arrays:
+        gt, mask = (torch.from_numpy(arrays[name]).to(device) for name in ("semantics", "mask_camera"))
+    metric = VoxelMIoU("occ3d")
+    metric.add("a", gt.roll(1, 0), gt, mask)
+    np.testing.assert_array_equal(metric.confusion, golden["official_shift_hist"])
+    result = metric.result()
+    assert result["miou"] == golden["official_shift_miou"] == 67.32
+    assert format_voxel_iou(result).split("\n") == golden["official_shift_lines"].tolist()
+
+
 def case(seed=0, shape=(5, 4, 3)):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 17, shape).astype(np.uint8) for _ in range(2)]

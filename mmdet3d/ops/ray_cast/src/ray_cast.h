@@ -11,6 +11,8 @@
 #include <limits>
 #include <tuple>
 
+#include "exact_math.h"
+
 #ifdef __CUDACC__
 #define MMDET3D_UNROLL _Pragma("unroll")
 #else
@@ -45,15 +47,6 @@ struct End {
   int axis = -1;
   bool hit = false;
 };
-
-C10_HOST_DEVICE inline double square(double value) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(value, value);
-#else
-  volatile double product = value * value;
-  return product;
-#endif
-}
 
 C10_HOST_DEVICE inline double grid_units(double metres, double low, double cell) {
   return static_cast<double>(static_cast<float>((metres - low) / cell));
