@@ -1,19 +1,23 @@
 """nuScenes with six cameras and occupancy labels, frame after frame, in sequences."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from mmdet3d.datasets.info_store import InfoStore, RecordWindow
-from mmdet3d.datasets.infos import adjacent_offsets, load_infos, sample_record, sequence_flags
+from mmdet3d.datasets.infos import adjacent_offsets, load_infos, sample_record, scene_name, sequence_flags
 from mmdet3d.datasets.labels import label_set
 from mmdet3d.datasets.pipelines.annotations import Box3DMode, LiDARBoxes
 from mmdet3d.datasets.pipelines.compose import Compose
 from mmdet3d.datasets.pipelines.occupancy import ground_truth_step
+from mmdet3d.datasets.scoring import GroundTruthSource, first_results, score_results
 from mmdet3d.registry import DATASETS
+from mmdet3d.utils.files import prediction_path, save_prediction
 
 EVAL_METRICS = ("rayiou", "miou")
 MODALITIES = ("use_lidar", "use_camera", "use_radar", "use_map", "use_external")
@@ -144,6 +148,49 @@ class NuScenesOccupancyDataset(Dataset):
         found = self._labels({"sample_idx": info["token"], "occ_gt_path": info["occ_path"], "info_file": self.ann_file})
         return {"semantics": found["voxel_semantics"], "flow": found.get("voxel_flows"),
                 "mask_camera": found.get("mask_camera")}
+
+    def evaluate(self, results: Sequence[Mapping], metric: Any = None, logger: logging.Logger | None = None, *,
+                 pairing: str = "token", scenes: str | os.PathLike | None = None, allow_missing: bool = False
+                 ) -> dict[str, float]:
+        """Scores of the results of a test loop; the table goes to the log.
+
+        To score predictions as they appear, without keeping them, see :class:`mmdet3d.core.evaluation.Evaluator`.
+
+        Args:
+            results: Dicts with ``occ_results`` [B, X, Y, Z], ``flow_results`` [B, X, Y, Z, 2] and ``index``, B numbers
+                of samples. Of several results of a sample the first one counts.
+            metric: Not read; what is computed says ``eval_metric``.
+            logger: Where the table goes; default: the one of this module.
+            pairing: See :class:`~mmdet3d.datasets.lidar_origins.LidarOrigins`.
+            scenes: Likewise.
+            allow_missing: Score the samples that are there.
+
+        Returns:
+            ``miou`` and ``mave``, RayIoU as a fraction and m/s; or, with the metric "miou", ``miou`` in percent.
+
+        Raises:
+            mmdet3d.datasets.metrics.coverage.CoverageError: samples are missing; the message lists them.
+            ValueError: a result does not fit.
+        """
+        summary = score_results(self, results, GroundTruthSource(self, pairing, scenes), allow_missing)
+        (logger or logging.getLogger(__name__)).info("\n%s", summary.table())
+        return summary.headline
+
+    def format_results(self, results: Sequence[Mapping], out: str | os.PathLike = "results") -> list[Path]:
+        """Write the results of a test loop to ``<out>/<scene>/<token>.npz``; see :meth:`evaluate`.
+
+        Returns:
+            The files.
+
+        Raises:
+            ValueError: a result does not fit.
+        """
+        paths = []
+        for index, semantics, flow in first_results(results, len(self)):
+            info = self.data_infos[index]
+            paths.append(prediction_path(out, scene_name(info), info["token"]))
+            save_prediction(paths[-1], semantics, flow)
+        return paths
 
     def seed(self, seed: int) -> None:
         """Give this copy of the data set a generator of its own, with the draws of a global one seeded so.

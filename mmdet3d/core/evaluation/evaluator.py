@@ -1,0 +1,196 @@
+"""Walk through a data set with a model, score or write each prediction as it appears, and add up at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from mmdet3d.core.evaluation.collection import exact_collection, gather, published_collection
+from mmdet3d.core.evaluation.prediction_files import PredictionFiles
+from mmdet3d.core.evaluation.samples import EvaluationSamples, take_ground_truth
+from mmdet3d.core.evaluation.slot_memory import SlotMemory
+from mmdet3d.core.random_state import preserved_random_state
+from mmdet3d.datasets.loader import build_dataloader, to_device
+from mmdet3d.datasets.metrics.coverage import CoverageError
+from mmdet3d.datasets.samplers.sequence import distributed_place
+from mmdet3d.datasets.scoring import GroundTruthSource, SampleScore, SampleScorer, Summary, summarise
+from mmdet3d.models.heads.seeded_noise import sample_seed
+
+logger = logging.getLogger(__name__)
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class EvaluatorOptions:
+    """How a model is evaluated. With the defaults the result does not depend on the number of processes or workers.
+
+    Attributes:
+        samples_per_gpu: Batch size of a process. The published temporal attention mixes the samples of a batch, so
+            that results with more than 1 depend on which samples meet.
+        workers_per_gpu: Worker processes that load.
+        order: "exact": every sample once. "published": the order of the published evaluation, in which some samples
+            come twice and, with most numbers of processes, some never; collected as it collects.
+        carry_over: A sequence finds the memory of the one before it, see :class:`SlotMemory`.
+        noise_seed: Seed of the flow head's noise, which then depends on the sample only. None: torch's generator, as
+            the published evaluation.
+        score: Compare with the ground truth.
+        out: Folder for predictions, or None.
+        pairing: Whose lidar positions a sample is seen from, see :class:`~mmdet3d.datasets.lidar_origins.LidarOrigins`.
+        scenes: ``scene.json``, for the pairing "index".
+        cache: Folder that keeps where rays hit the ground truth.
+    """
+
+    samples_per_gpu: int = 1
+    workers_per_gpu: int = 4
+    order: str = "exact"
+    carry_over: bool = False
+    noise_seed: int | None = 0
+    score: bool = True
+    out: str | None = None
+    pairing: str = "token"
+    scenes: str | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of an evaluation; the same in all processes.
+
+    Attributes:
+        summary: Scores; None if nothing was compared.
+        samples: Number of samples that were predicted.
+        seconds: Duration.
+        world_size: Number of processes.
+        options: How it was done.
+    """
+
+    summary: Summary | None
+    samples: int
+    seconds: float
+    world_size: int
+    options: EvaluatorOptions
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings and containers; NaN where nothing was counted."""
+        record = {"samples": self.samples, "seconds": round(self.seconds, 3), "world_size": self.world_size,
+                  "options": asdict(self.options)}
+        if self.summary is not None:
+            record.update(ray_iou=dict(self.summary.rays), voxel_iou=dict(self.summary.voxels),
+                          missing=list(self.summary.missing))
+        return record
+
+
+class Evaluator:
+    """Evaluates models on one data set.
+
+    Args:
+        dataset: Data set in test mode.
+        options: How.
+        loader_options: Further arguments of :func:`~mmdet3d.datasets.loader.build_dataloader`.
+
+    Raises:
+        ValueError: an option is out of range.
+        DataError: the ground truth cannot be set up.
+    """
+
+    def __init__(self, dataset: Dataset, options: EvaluatorOptions | None = None,
+                 loader_options: Mapping[str, Any] | None = None) -> None:
+        self.dataset, self.options = dataset, options or EvaluatorOptions()
+        truth = GroundTruthSource(dataset, self.options.pairing, self.options.scenes) if self.options.score else None
+        samples = EvaluationSamples(dataset, truth)
+        self.loader = build_dataloader(samples, self.options.samples_per_gpu, self.options.workers_per_gpu,
+                                       training=False, order=self.options.order,
+                                       **{"persistent_workers": False, **(loader_options or {})})
+
+    def run(self, model: nn.Module) -> Evaluation:
+        """Evaluate a model; to be called by all processes.
+
+        The model is in evaluation mode meanwhile; its weights, its ``memory`` and the states of all global random
+        generators are left alone.
+
+        Args:
+            model: The detector, not wrapped.
+
+        Raises:
+            CoverageError: samples are missing or came twice; the message lists them.
+            ValueError: a prediction does not fit; the message names the sample.
+            OSError: a prediction could not be written.
+        """
+        start = time.perf_counter()
+        device = next(model.parameters()).device
+        # no_grad and not inference_mode: what modules cache now may serve a training later
+        with _evaluation_mode(model), torch.no_grad(), preserved_random_state(device):
+            own = list(self._batches(model, device))
+        tokens = [self.dataset.data_infos[index]["token"] for index in range(len(self.dataset))]
+        ranks = gather(own)
+        summary, samples = None, len({score.index for batches in ranks for batch in batches for score in batch})
+        if self.options.score:
+            summary = self._summary(ranks, tokens)
+        elif self.options.order == "exact" and samples != len(tokens):
+            raise CoverageError(f"{len(tokens) - samples} of {len(tokens)} samples were not predicted")
+        return Evaluation(summary, samples, time.perf_counter() - start, len(ranks), self.options)
+
+    def _summary(self, ranks: Sequence[Sequence[Sequence[SampleScore]]], tokens: Sequence[str]) -> Summary:
+        exact = self.options.order == "exact"
+        scores = exact_collection(ranks) if exact else published_collection(ranks, len(tokens))
+        summary = summarise(scores, self.dataset.labels, tokens, self.dataset.eval_metric, allow_missing=not exact)
+        if summary.missing and distributed_place()[0] == 0:
+            logger.warning("the published order left out %d of %d samples: %s%s", len(summary.missing), len(tokens),
+                           ", ".join(summary.missing[:_SHOWN]), " ..." if len(summary.missing) > _SHOWN else "")
+        return summary
+
+    def _batches(self, model: nn.Module, device: torch.device) -> Iterator[list[SampleScore]]:
+        """Scores of one batch after the other."""
+        scorer = SampleScorer(self.dataset.labels, cache=self.options.cache) if self.options.score else None
+        memory = SlotMemory(self.options.carry_over)
+        quiet = distributed_place()[0] != 0 or not sys.stderr.isatty()
+        with contextlib.ExitStack() as stack:
+            files = None if self.options.out is None else stack.enter_context(PredictionFiles(self.options.out))
+            for batch in tqdm(self.loader, unit="batch", disable=quiet, dynamic_ncols=True):
+                truths = take_ground_truth(batch)
+                semantics, flow, metas = self._predict(model, to_device(batch, device), memory)
+                yield [self._finish(metas[place], semantics[place], flow[place], scorer,
+                                    None if truths is None else truths[place], files)
+                       for place in range(len(metas))]
+
+    def _predict(self, model: nn.Module, batch: Mapping[str, Any], memory: SlotMemory
+                 ) -> tuple[Tensor, Tensor, Sequence[Mapping]]:
+        inputs, metas = batch["img_inputs"], batch["img_metas"]
+        if not isinstance(inputs[0], Tensor):
+            inputs, metas = inputs[0], metas[0]
+        if self.options.noise_seed is not None:
+            metas = [{**meta, "noise_seed": sample_seed(meta["sample_idx"], self.options.noise_seed)}
+                     for meta in metas]
+        semantics, flow, after = model.predict_tensors(inputs, metas, memory.before(metas))
+        memory.after(after)
+        return semantics, flow, metas
+
+    def _finish(self, meta: Mapping, semantics: Tensor, flow: Tensor, scorer: SampleScorer | None,
+                truth: Any, files: PredictionFiles | None) -> SampleScore:
+        if files is not None:
+            files.add(meta["scene_name"], meta["sample_idx"], semantics, flow)
+        if scorer is None:
+            return SampleScore(int(meta["index"]), meta["sample_idx"], {}, {})
+        return scorer(truth, semantics, flow)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; every module's own mode afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
