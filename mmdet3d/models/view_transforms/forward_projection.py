@@ -11,7 +11,7 @@ from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
 from mmdet3d.models.view_transforms.feature_reuse import CACHED, NO_REUSE, FeatureReuse
-from mmdet3d.models.view_transforms.geometry import LiftGeometry, split_frames
+from mmdet3d.models.view_transforms.geometry import CameraFrame, LiftGeometry, split_frames
 from mmdet3d.registry import NECKS, build
 from mmdet3d.structures import FrameCache
 from mmdet3d.utils.precision import full_precision
@@ -117,11 +117,9 @@ class BEVDetStereoForwardProjection(BaseModule):
         """
         transform = self.img_view_transformer
         _, cameras = split_frames(tuple(img_inputs), self.num_cams, self.num_frames, transform.input_size)
-        poses = [cameras[0].key_ego_from_camera]
-        if self.with_prev:
-            poses.append(cameras[0 if self.legacy_adjacent_extrinsics else 1].key_ego_from_camera)
-        frames = [transform.geometry(camera, pose, img_inputs[5]) for camera, pose in zip(cameras, poses, strict=False)]
-        return LiftGeometry.stack(frames[::-1])
+        lifted = [cameras[1], cameras[0]] if self.with_prev else [cameras[0]]
+        poses = [(cameras[0] if self.legacy_adjacent_extrinsics else camera).key_ego_from_camera for camera in lifted]
+        return transform.geometry(CameraFrame.stack(lifted), torch.cat(poses), img_inputs[5].repeat(len(lifted), 1, 1))
 
     def forward(self, images: Tensor, geometry: LiftGeometry, reuse: FeatureReuse = NO_REUSE,
                 cache: FrameCache | None = None) -> ForwardFeatures:

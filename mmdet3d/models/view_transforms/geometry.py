@@ -8,7 +8,7 @@ the homography of homogeneous pixels (u, v, 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,11 @@ class CameraFrame:
     intrinsics: Tensor
     post_aug: Tensor
 
+    @classmethod
+    def stack(cls, frames: Sequence[CameraFrame]) -> CameraFrame:
+        """Several frames as one with B' = (number of frames) * B samples, frame after frame."""
+        return cls(*(torch.cat([getattr(frame, field.name) for frame in frames]) for field in fields(cls)))
+
 
 class LiftGeometry(NamedTuple):
     """What lifting one frame needs of its cameras, float32.
@@ -48,16 +53,6 @@ class LiftGeometry(NamedTuple):
     rays: Tensor
     origins: Tensor
     sweep: SweepGeometry | None
-
-    @classmethod
-    def stack(cls, frames: Sequence[LiftGeometry]) -> LiftGeometry:
-        """Several frames as one with B' = (number of frames) * B samples, frame after frame."""
-        *tensors, sweeps = zip(*frames, strict=True)
-        sweep = None
-        if sweeps[0] is not None:
-            joined = {name: torch.cat([getattr(s, name) for s in sweeps]) for name in sweeps[0].tensors}
-            sweep = sweeps[0]._replace(**joined)
-        return cls(*map(torch.cat, tensors), sweep)
 
     def select(self, start: int, count: int) -> LiftGeometry:
         """``count`` of the samples, from ``start`` on."""

@@ -47,9 +47,7 @@ def test_the_device_part_reads_nothing_back(model):
                 meta.update(noise_seed=7 * step + b, image_keys=(step, step - 1, step - 2))
             plan = model.plan(inputs, metas, memory)
             with Observer():
-                model.forward_projection(inputs[0], plan.lifts, plan.reuse, memory and memory.features)
-            prediction, _ = model.compute(inputs[0], plan, memory)
-            with Observer():
+                prediction, _ = model.compute(inputs[0], plan, memory)
                 model.outputs(prediction)
             memory = prediction.memory
 
