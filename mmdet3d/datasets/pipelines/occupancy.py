@@ -54,14 +54,18 @@ def coarsen_flow(flow: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray
         (X / a, Y / b, Z / c, 2) in the type of ``flow``, float32 for whole numbers.
     """
     blocks = _blocks(labels.shape, coarse_labels.shape)
-    same = (labels.reshape(blocks) == coarse_labels[:, None, :, None, :, None])[..., None]
     values = flow.reshape(*blocks, 2)
+    busy = np.nonzero((values != 0).any(axis=(1, 3, 5, 6)))  # K of the coarse voxels: where nothing moves, all is 0
+    x, y, z = busy
+    values = values[x, :, y, :, z]  # (K, a, b, c, 2)
+    same = (labels.reshape(blocks)[x, :, y, :, z] == coarse_labels[busy][:, None, None, None])[..., None]
     known = same & (values != IGNORE_LABEL)
-    inside = (1, 3, 5)
+    inside = (1, 2, 3)
     count = known.sum(axis=inside)
     mean = np.where(known, values, 0).sum(axis=inside, dtype=np.float64) / np.maximum(count, 1)
-    mean = np.where((count == 0) & same.any(axis=inside), IGNORE_LABEL, mean)
-    return mean.astype(flow.dtype if flow.dtype.kind == "f" else np.float32)
+    result = np.zeros((*coarse_labels.shape, 2), flow.dtype if flow.dtype.kind == "f" else np.float32)
+    result[busy] = np.where((count == 0) & same.any(axis=inside), IGNORE_LABEL, mean)
+    return result
 
 
 def _blocks(fine: Sequence[int], coarse: Sequence[int]) -> list[int]:
