@@ -25,12 +25,12 @@ import mmdet3d
 from mmdet3d.core.checkpointing import find_latest
 from mmdet3d.core.parallel import DistributedModel
 from mmdet3d.core.recipe import batch_warning, samples_per_gpu, scaled
-from mmdet3d.core.runner import TrainRunner, check_workflow
+from mmdet3d.core.runner import PRECISIONS, TrainRunner, check_workflow
 from mmdet3d.datasets import build_dataset
 from mmdet3d.datasets.loader import build_dataloader
 from mmdet3d.datasets.samplers.sequence import distributed_place
 from mmdet3d.models import build_model
-from mmdet3d.registry import ConfigError, check_keys, config_place
+from mmdet3d.registry import ConfigError, check_keys
 from mmdet3d.utils.allocator import keep_freed_memory
 from mmdet3d.utils.checkpoint import CheckpointError
 from mmdet3d.utils.compat import without_init_report
@@ -135,6 +135,10 @@ def check_training_config(cfg: Config) -> None:
         raise ConfigError(f"runner.max_iters: expected a positive whole number, got {cfg.runner.get('max_iters')!r}")
     if cfg.get("fp16"):
         raise ConfigError("fp16 is not supported; precision='bf16' trains in mixed precision and needs no loss scale")
+    if cfg.get("precision", "fp32") not in PRECISIONS:
+        raise ConfigError(f"precision: expected one of {sorted(PRECISIONS)}, got {cfg.precision!r}")
+    if cfg.get("revise_keys"):
+        raise ConfigError(f"revise_keys is not supported, got {cfg.revise_keys!r}")
     check_workflow(cfg.get("workflow", [("train", 1)]))
 
 
@@ -148,8 +152,6 @@ def build_training_model(cfg: Config, device: torch.device, resumes: bool, allow
     model = build_model(cfg.model)
     with without_init_report():
         model.init_weights()
-    if cfg.get("revise_keys"):
-        raise ConfigError(f"revise_keys is not supported, got {cfg.revise_keys!r}")
     if not resumes:
         load_initial_weights(model, cfg.get("load_from"), cfg.get("init_backbone"), allow_unsafe)
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad is trained) / 1e6
@@ -253,5 +255,4 @@ def _register_hooks(runner: TrainRunner, cfg: Config, validate: bool) -> None:
     if validate:
         from mmdet3d.core.hooks.evaluation import build_evaluation_hook
 
-        with config_place("evaluation"):
-            runner.register_hook(build_evaluation_hook(cfg), priority="LOW")
+        runner.register_hook(build_evaluation_hook(cfg), priority="LOW")

@@ -108,7 +108,8 @@ def _scale_lengths(cfg: Config, factor: float, group: int) -> None:
     if "step" in cfg.lr_config:
         step = cfg.lr_config["step"]
         cfg.lr_config["step"] = length(step) if isinstance(step, int) else [length(value) for value in step]
-    parts = [cfg.get("checkpoint_config"), cfg.get("evaluation"), *(cfg.get("custom_hooks") or ())]
+    evaluation = cfg.get("evaluation") or {}
+    parts = [cfg.get("checkpoint_config"), evaluation, evaluation.get("pictures"), *(cfg.get("custom_hooks") or ())]
     for part in parts:
         if part and isinstance(part.get("interval"), int) and part["interval"] > 0:
             part["interval"] = length(part["interval"])

@@ -115,14 +115,14 @@ class TrainRunner(IterBasedRunner):
             ConfigError: ``workflow`` asks for something else.
         """
         check_workflow(workflow)
-        (loader,) = data_loaders
+        (self.data_loader,) = data_loaders
         self.logger.info("host: %s, work_dir: %s, %d processes on %s, %s, iteration %d to %d", get_host_info(),
                          self.work_dir, self.world_size, self.device, self.precision, self.iter, self.max_iters)
         self.logger.info("hooks in the order in which they are called:\n%s", self.get_hook_info())
         with self.stop.listening():
             self.call_hook("before_run")
             self.call_hook("before_epoch")
-            batches = iter(loader) if self.iter < self.max_iters else None
+            batches = iter(self.data_loader) if self.iter < self.max_iters else None
             while self.iter < self.max_iters and not self.stopped_by:
                 self.train(batches)
             del batches  # ends the workers of the loader
@@ -136,7 +136,6 @@ class TrainRunner(IterBasedRunner):
         if not self.model.training:  # to walk through all modules every time takes milliseconds
             self.model.train()
         self.mode = "train"
-        self.data_loader = data_loader
         self.data_batch = to_device(next(data_loader), self.device)
         self.call_hook("before_train_iter")
         self.outputs = self.train_step(self.data_batch, **kwargs)

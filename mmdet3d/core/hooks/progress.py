@@ -17,8 +17,23 @@ from mmdet3d.utils.compat import peak_memory_mb, summary_writer
 _IN_FRONT = ("mode", "epoch", "iter", "lr", "eta", "time", "data_time", "memory")
 
 
+class _IntervalLogger(LoggerHook):
+    """Logs after every ``interval`` iterations; there are no epochs whose end mmcv's hooks would look for."""
+
+    def after_train_iter(self, runner: Any) -> None:
+        """Average and log when it is time."""
+        if self.every_n_iters(runner, self.interval):
+            runner.log_buffer.average(self.interval)
+        elif runner.iter + 1 == runner.max_iters and not self.ignore_last:
+            runner.log_buffer.average(runner.max_iters % self.interval)
+        if runner.log_buffer.ready:
+            self.log(runner)
+            if self.reset_flag:
+                runner.log_buffer.clear_output()
+
+
 @HOOKS.register_module()
-class TextLoggerHook(LoggerHook):
+class TextLoggerHook(_IntervalLogger):
     """A line in the log and one in ``<work_dir>/<timestamp>.log.json`` every ``interval`` iterations.
 
     ``time`` is the mean of an iteration, ``data_time`` the part of it spent waiting for the loader, both in seconds;
@@ -84,11 +99,11 @@ class TextLoggerHook(LoggerHook):
 
 def _plain(value: Any) -> Any:
     """Numbers of NumPy and tensors as numbers, anything else as text."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+    return value.item() if getattr(value, "ndim", 1) == 0 else str(value)
 
 
 @HOOKS.register_module()
-class TensorboardLoggerHook(LoggerHook):
+class TensorboardLoggerHook(_IntervalLogger):
     """Scalars for TensorBoard in ``<work_dir>/tf_logs``, by rank 0; a warning where the package is missing.
 
     Args:
