@@ -76,6 +76,7 @@ def change(path, function):
 # ---- to the bit -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_real_model_goes_on_to_the_bit_in_a_new_process(tmp_path):
     """With worker processes, whose number changes."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
