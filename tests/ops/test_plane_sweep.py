@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmdet3d.ops import _library
-from mmdet3d.ops.plane_sweep import SweepGeometry, plane_sweep, plane_sweep_reference
+from mmdet3d.ops.plane_sweep import SweepGeometry, plane_sweep, plane_sweep_probability, plane_sweep_reference
 from mmdet3d.ops.plane_sweep.geometry import sweep_positions
 
 CASE_SIZE = (2, 7, 5, 4, 9)  # N, C, D, H, W
@@ -288,6 +288,38 @@ def test_cuda_equals_reference(dtype, channels):
     expected = plane_sweep_reference(*case, invalid_channel=channels - 4)
     cost = plane_sweep(*case, invalid_channel=channels - 4)
     assert_same_cost(cost, expected, case, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(3, 72, 41, 7, 13), (2, 256, 88, 4, 9), (2, 6, 5, 3, 40), (1, 8, 900, 2, 3)])
+@pytest.mark.parametrize("options", [{"invalid_channel": 2}, {"invalid_channel": None, "invalid_by_position": True}])
+def test_probabilities_are_the_softmax_of_the_negated_costs(device, dtype, size, options):
+    case = make_case(device, dtype, size)
+    expected = (-plane_sweep(*case, **options)).softmax(1)
+    found = plane_sweep_probability(*case, **options)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(found.sum(1), torch.ones_like(found[:, 0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_last_maps_are_read_where_they_lie(dtype):
+    current, reference, geometry, depths = make_case("cuda", dtype, (6, 64, 41, 7, 13))
+    expected = plane_sweep(current, reference, geometry, depths, invalid_channel=60)
+    rows = torch.cat([current, reference]).contiguous(memory_format=torch.channels_last)
+    found = plane_sweep(rows[:6], rows[6:], geometry, depths, invalid_channel=60)
+    assert torch.equal(found, expected)
+    probability = plane_sweep_probability(rows[:6], rows[6:], geometry, depths, invalid_channel=60)
+    assert probability.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_probabilities_refuse_what_costs_refuse():
+    current, reference, geometry, depths = make_case()
+    with pytest.raises(ValueError, match="invalid_channel must be None or one of the 7 channels"):
+        plane_sweep_probability(current, reference, geometry, depths, invalid_channel=7)
+    with pytest.raises(RuntimeError, match="plane_sweep has no gradient"):
+        plane_sweep_probability(current.requires_grad_(), reference, geometry, depths, invalid_channel=None)
 
 
 def test_strided_inputs(device):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdet3d.ops import plane_sweep
-from mmdet3d.ops.plane_sweep import SweepGeometry
+from mmdet3d.ops.plane_sweep import SweepGeometry, plane_sweep_probability
 
 #: The invalid test looks at the first channel of the last group of this many channels (see ``stereo_cost_volume``).
 CHANNEL_GROUP = 4
@@ -34,5 +33,4 @@ def stereo_cost_volume(current: Tensor, older: Tensor, geometry: SweepGeometry, 
     """
     validity = ({"invalid_channel": current.shape[1] - CHANNEL_GROUP} if one_channel_invalid_test
                 else {"invalid_channel": None, "invalid_by_position": True})
-    cost = plane_sweep(current, older, geometry, depths, invalid_penalty=invalid_penalty, **validity)
-    return (-cost).softmax(1)
+    return plane_sweep_probability(current, older, geometry, depths, invalid_penalty=invalid_penalty, **validity)

@@ -83,8 +83,9 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the five branches and mix them."""
-        pooled = self.global_avg_pool(x).expand(-1, -1, *x.shape[-2:])
-        branches = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), pooled]
+        branches = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x)]
+        # In the memory format of the others, which torch.cat would otherwise give up.
+        branches.append(torch.empty_like(branches[0]).copy_(self.global_avg_pool(x)))
         return self.dropout(self.relu(self.bn1(self.conv1(torch.cat(branches, 1)))))
 
     def fold_batch_norm(self) -> nn.Module:

@@ -22,6 +22,9 @@ _CAMERA_SHAPES = ((2, 2), (2, 2), (2,), (3, 3), (3,), (3, 3))
 #: False also for a library that was built before this operator was written.
 _COMPILED = AVAILABLE and hasattr(torch.ops.mmdet3d, "plane_sweep")
 
+#: Whether the library has the softmax of the costs in the same pass.
+_FUSED = _COMPILED and built_with_cuda() and hasattr(torch.ops.mmdet3d, "plane_sweep_probability")
+
 #: Types of device that the compiled operator serves; asked once, since a tracer cannot ask the library.
 _SERVED = (("cpu", "meta", "cuda") if built_with_cuda() else ("cpu", "meta")) if _COMPILED else ()
 
@@ -90,21 +93,55 @@ def plane_sweep(
         TypeError: a dtype is not accepted, or ``geometry`` is not a :class:`SweepGeometry`.
         RuntimeError: an input requires a gradient while gradients are recorded.
     """
-    _check_geometry(geometry)
-    _check_tensors(current, reference, geometry, depths)
-    _check_options(current.shape[1], invalid_channel, invalid_by_position)
-    cameras = geometry.tensors.values()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (current, reference, *cameras, depths)):
-        raise RuntimeError("plane_sweep has no gradient; call it under torch.no_grad() or detach its inputs")
+    _check_arguments(current, reference, geometry, depths, invalid_channel, invalid_by_position)
     if current.device.type in _SERVED:
         return torch.ops.mmdet3d.plane_sweep(
-            current, reference, *cameras, geometry.image_size, depths,
+            current, reference, *geometry.tensors.values(), geometry.image_size, depths,
             invalid_channel, invalid_by_position, invalid_penalty, min_depth,
         )
     return plane_sweep_reference(
         current, reference, geometry, depths, invalid_channel=invalid_channel,
         invalid_by_position=invalid_by_position, invalid_penalty=invalid_penalty, min_depth=min_depth,
     )
+
+
+def plane_sweep_probability(
+    current: Tensor,
+    reference: Tensor,
+    geometry: SweepGeometry,
+    depths: Tensor,
+    *,
+    invalid_channel: int | None,
+    invalid_by_position: bool = False,
+    invalid_penalty: float = 5.0,
+    min_depth: float = 1e-3,
+) -> Tensor:
+    """Softmax over the depths of the negated cost of :func:`plane_sweep`, on a GPU in the same pass.
+
+    Args and errors are those of :func:`plane_sweep`.
+
+    Returns:
+        (N, D, H, W) probabilities, which sum to 1 over D; from a GPU in PyTorch's channels-last memory format.
+    """
+    options = {"invalid_channel": invalid_channel, "invalid_by_position": invalid_by_position,
+               "invalid_penalty": invalid_penalty, "min_depth": min_depth}
+    if not (_FUSED and current.device.type == "cuda"):
+        return plane_sweep(current, reference, geometry, depths, **options).neg_().softmax(1)
+    _check_arguments(current, reference, geometry, depths, invalid_channel, invalid_by_position)
+    return torch.ops.mmdet3d.plane_sweep_probability(
+        current, reference, *geometry.tensors.values(), geometry.image_size, depths, *options.values())
+
+
+def _check_arguments(
+    current: Tensor, reference: Tensor, geometry: SweepGeometry, depths: Tensor, invalid_channel: int | None,
+    invalid_by_position: bool,
+) -> None:
+    _check_geometry(geometry)
+    _check_tensors(current, reference, geometry, depths)
+    _check_options(current.shape[1], invalid_channel, invalid_by_position)
+    inputs = (current, reference, *geometry.tensors.values(), depths)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise RuntimeError("plane_sweep has no gradient; call it under torch.no_grad() or detach its inputs")
 
 
 def _check_geometry(geometry: SweepGeometry) -> None:
@@ -150,3 +187,13 @@ if _COMPILED:
         cameras, _, height, width = current.shape
         dtype = torch.promote_types(current.dtype, torch.float32)
         return current.new_empty((cameras, depths.shape[0], height, width), dtype=dtype)
+
+
+if _FUSED:
+
+    @torch.library.register_fake("mmdet3d::plane_sweep_probability")
+    def _(current, reference, *others):
+        depths = others[len(_CAMERA_SHAPES) + 1]
+        cameras, _, height, width = current.shape
+        dtype = torch.promote_types(current.dtype, torch.float32)
+        return current.new_empty((cameras, height, width, depths.shape[0]), dtype=dtype).permute(0, 3, 1, 2)

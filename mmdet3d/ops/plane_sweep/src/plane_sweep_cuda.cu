@@ -22,6 +22,7 @@ constexpr int kWarp = 32;
 constexpr int kWarps = 8;    // warps of a block
 constexpr int kPixels = 32;  // pixels of a block, next to each other: they read overlapping parts of the reference map
 constexpr int kGroup = 8;    // depths whose sums are reduced together
+constexpr size_t kSharedBytes = 48 * 1024;  // what every GPU grants a block
 
 // What a lane reads in one access of 16 bytes.
 template <typename scalar_t>
@@ -36,12 +37,12 @@ struct Held {
   static constexpr int packs = 8 / Pack<scalar_t>::size;
   Pack<scalar_t> pack[packs];
 
-  // `from` points at the first of `channels` channels; what lies beyond them reads as 0.
-  __device__ void load(const scalar_t* from, int64_t first, int64_t channels, int lane) {
+  // `from` points at the first of `channels` channels; what lies beyond them, or is not `present`, reads as 0.
+  __device__ void load(const scalar_t* from, bool present, int64_t first, int64_t channels, int lane) {
 #pragma unroll
     for (int p = 0; p < packs; ++p) {
       const int64_t c = first + (p * kWarp + lane) * Pack<scalar_t>::size;
-      pack[p] = c < channels ? *reinterpret_cast<const Pack<scalar_t>*>(from + c) : Pack<scalar_t>{};
+      pack[p] = present && c < channels ? *reinterpret_cast<const Pack<scalar_t>*>(from + c) : Pack<scalar_t>{};
     }
   }
 
@@ -54,9 +55,9 @@ template <typename scalar_t>
 struct Maps {
   using acc_t = at::opmath_type<scalar_t>;
   const scalar_t* __restrict__ current;    // (N, H, W, C)
-  const scalar_t* __restrict__ reference;  // (N, H + 2, W + 2, C)
+  const scalar_t* __restrict__ reference;  // (N, H, W, C)
   Lattice<acc_t> lattice;
-  acc_t* __restrict__ cost;  // (N, D, H, W)
+  acc_t* __restrict__ cost;  // (N, D, H, W); probabilities: (N, H, W, D)
   int64_t channels, num_depths, height, width;
   Options options;
 };
@@ -87,6 +88,24 @@ struct LanePosition {
   acc_t right, lower;
 };
 
+// The four pixels around a position, which may lie beyond the map; upper left, upper right, lower left, lower right.
+template <typename scalar_t>
+struct Corners {
+  const scalar_t* pixel[4];
+  bool present[4];
+
+  __device__ Corners(const Maps<scalar_t>& maps, const scalar_t* map, int index) {
+    const int height = static_cast<int>(maps.height), width = static_cast<int>(maps.width);
+    const int top = index / (width + 2) - 1, left = index % (width + 2) - 1;  // see Position
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const int row = top + corner / 2, column = left + corner % 2;
+      present[corner] = row >= 0 && row < height && column >= 0 && column < width;
+      pixel[corner] = map + (present[corner] ? (static_cast<int64_t>(row) * width + column) * maps.channels : 0);
+    }
+  }
+};
+
 // This lane's share of the cost at one depth. `taps` holds the four pixels around `held_index`, and is renewed when
 // the position lies between others.
 template <typename scalar_t, typename acc_t>
@@ -95,12 +114,9 @@ __device__ acc_t lane_cost(const Maps<scalar_t>& maps, const scalar_t* map, cons
                            Held<scalar_t> (&taps)[4], int& held_index) {
   if (at.index < 0) return outside;
   if (at.index != held_index) {
-    const scalar_t* upper = map + at.index * maps.channels;
-    const scalar_t* lower = upper + (maps.width + 2) * maps.channels;
-    taps[0].load(upper, first, maps.channels, lane);
-    taps[1].load(upper + maps.channels, first, maps.channels, lane);
-    taps[2].load(lower, first, maps.channels, lane);
-    taps[3].load(lower + maps.channels, first, maps.channels, lane);
+    const Corners<scalar_t> corners(maps, map, at.index);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) taps[i].load(corners.pixel[i], corners.present[i], first, maps.channels, lane);
     held_index = at.index;
   }
   const acc_t left = 1 - at.right, top = 1 - at.lower;
@@ -123,20 +139,22 @@ __device__ acc_t lane_penalty(const Maps<scalar_t>& maps, const scalar_t* map, c
   if (options.invalid_channel < 0 && !options.invalid_by_position) return 0;
   if (at.index < 0) return options.invalid_penalty;
   if (options.invalid_by_position) return 0;
-  const scalar_t* upper = map + at.index * maps.channels + options.invalid_channel;
-  const scalar_t* lower = upper + (maps.width + 2) * maps.channels;
+  const Corners<scalar_t> corners(maps, map, at.index);
+  acc_t value[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    value[i] = corners.present[i] ? static_cast<acc_t>(corners.pixel[i][options.invalid_channel]) : acc_t(0);
+  }
   const acc_t left = 1 - at.right, top = 1 - at.lower;
-  const acc_t warped = left * top * static_cast<acc_t>(upper[0]) +
-                       at.right * top * static_cast<acc_t>(upper[maps.channels]) +
-                       left * at.lower * static_cast<acc_t>(lower[0]) +
-                       at.right * at.lower * static_cast<acc_t>(lower[maps.channels]);
+  const acc_t warped = left * top * value[0] + at.right * top * value[1] + left * at.lower * value[2] +
+                       at.right * at.lower * value[3];
   return warped == 0 ? options.invalid_penalty : 0;
 }
 
 // Cost of one pixel at depth `first_depth + lane`, computed by the whole warp.
 template <typename scalar_t, typename acc_t>
 __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t pixel, int64_t first_depth, int lane) {
-  const scalar_t* map = maps.reference + camera * (maps.height + 2) * (maps.width + 2) * maps.channels;
+  const scalar_t* map = maps.reference + camera * maps.height * maps.width * maps.channels;
   const scalar_t* here = maps.current + (camera * maps.height * maps.width + pixel) * maps.channels;
   const int count = static_cast<int>(min(static_cast<int64_t>(kWarp), maps.num_depths - first_depth));
   LanePosition<acc_t> own{-1, 0, 0};
@@ -151,7 +169,7 @@ __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t p
   acc_t total = lane_penalty<scalar_t, acc_t>(maps, map, own);
   for (int64_t first = 0; first < maps.channels; first += 8 * kWarp) {
     Held<scalar_t> features, taps[4];
-    features.load(here, first, maps.channels, lane);
+    features.load(here, true, first, maps.channels, lane);
     acc_t outside = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) outside += ::fabs(features[i]);
@@ -195,6 +213,80 @@ __global__ void __launch_bounds__(kWarp* kWarps) plane_sweep_kernel(const Maps<s
   }
 }
 
+// The softmax over depth of the negated costs. A lane keeps the depths lane, lane + 32, ... of its warp's pixel.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kWarp* kWarps) probability_kernel(const Maps<scalar_t> maps) {
+  using acc_t = at::opmath_type<scalar_t>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int64_t num_pixels = maps.height * maps.width, depths = maps.num_depths;
+  const int64_t blocks_per_camera = (num_pixels + kPixels - 1) / kPixels;
+  const int64_t camera = blockIdx.x / blocks_per_camera;
+  const int64_t first_pixel = blockIdx.x % blocks_per_camera * kPixels;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  acc_t* own = reinterpret_cast<acc_t*>(shared) + warp * depths;
+  for (int p = warp; p < kPixels && first_pixel + p < num_pixels; p += kWarps) {
+    acc_t least = std::numeric_limits<acc_t>::infinity(), sum = 0;
+    for (int64_t first_depth = 0; first_depth < depths; first_depth += kWarp) {
+      const acc_t cost = warp_cost<scalar_t, acc_t>(maps, camera, first_pixel + p, first_depth, lane);
+      if (first_depth + lane < depths) {
+        own[first_depth + lane] = cost;
+        least = ::fmin(least, cost);
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) least = ::fmin(least, __shfl_xor_sync(kAllLanes, least, step));
+    for (int64_t d = lane; d < depths; d += kWarp) sum += own[d] = ::exp(least - own[d]);
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    acc_t* row = maps.cost + (camera * num_pixels + first_pixel + p) * depths;
+    for (int64_t d = lane; d < depths; d += kWarp) row[d] = own[d] / sum;
+  }
+}
+
+// (N, H, W, C) of a map, C rounded up to a multiple of a pack; the map itself where it lies so in memory.
+template <typename scalar_t>
+at::Tensor as_rows(const at::Tensor& map) {
+  const at::Tensor rows = map.permute({0, 2, 3, 1});
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr<scalar_t>()) % sizeof(Pack<scalar_t>) == 0;
+  if (rows.is_contiguous() && rows.size(3) % Pack<scalar_t>::size == 0 && aligned) return rows;
+  return channels_last(map, 0, Pack<scalar_t>::size, map.scalar_type());
+}
+
+at::Tensor sweep(const at::Tensor& current, const at::Tensor& reference, const Geometry& geometry,
+                 const Options& options, double min_depth, bool probabilities) {
+  const c10::cuda::CUDAGuard guard(current.device());
+  const int64_t cameras = current.size(0), height = current.size(2), width = current.size(3);
+  const int64_t num_depths = geometry.depths.size(0);
+  const at::ScalarType dtype = at::promote_types(current.scalar_type(), at::kFloat);
+  const at::TensorOptions out = current.options().dtype(dtype);
+  at::Tensor cost = probabilities ? at::empty({cameras, height, width, num_depths}, out).permute({0, 3, 1, 2})
+                                  : at::empty({cameras, num_depths, height, width}, out);
+  if (cost.numel() == 0) return cost;
+  const int64_t blocks = cameras * ((height * width + kPixels - 1) / kPixels);
+  constexpr int64_t kLimit = std::numeric_limits<int>::max();
+  TORCH_CHECK((height + 2) * (width + 2) <= kLimit && blocks <= kLimit, "plane_sweep: ", height, " x ", width,
+              " pixels of ", cameras, " cameras are more than one launch can serve");
+  const Steps steps = prepare_steps(geometry, height, width, dtype, min_depth);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, current.scalar_type(), "plane_sweep_cuda", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    const at::Tensor now = as_rows<scalar_t>(current), before = as_rows<scalar_t>(reference);
+    const Maps<scalar_t> maps{
+        now.const_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(), steps.lattice<acc_t>(),
+        cost.mutable_data_ptr<acc_t>(), now.size(3), num_depths, height, width, options};
+    const auto stream = at::cuda::getCurrentCUDAStream();
+    if (probabilities) {
+      const size_t shared_bytes = kWarps * num_depths * sizeof(acc_t);
+      probability_kernel<scalar_t><<<static_cast<unsigned>(blocks), kWarp * kWarps, shared_bytes, stream>>>(maps);
+    } else {
+      plane_sweep_kernel<scalar_t><<<static_cast<unsigned>(blocks), kWarp * kWarps, 0, stream>>>(maps);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return cost;
+}
+
+// Both operators; they take the same arguments.
+template <bool probabilities>
 at::Tensor plane_sweep_cuda(const at::Tensor& current, const at::Tensor& reference,
                             const at::Tensor& pixel_from_augmented, const at::Tensor& augmentation,
                             const at::Tensor& offset, const at::Tensor& older_from_pixel,
@@ -205,32 +297,17 @@ at::Tensor plane_sweep_cuda(const at::Tensor& current, const at::Tensor& referen
                           translation,          intrinsics,   image_size, depths};
   const Options options = check_arguments(current, reference, geometry, invalid_channel, invalid_by_position,
                                           invalid_penalty, min_depth);
-  const c10::cuda::CUDAGuard guard(current.device());
-  const int64_t cameras = current.size(0), height = current.size(2), width = current.size(3);
-  const at::ScalarType dtype = at::promote_types(current.scalar_type(), at::kFloat);
-  at::Tensor cost = at::empty({cameras, depths.size(0), height, width}, current.options().dtype(dtype));
-  if (cost.numel() == 0) return cost;
-  const int64_t blocks = cameras * ((height * width + kPixels - 1) / kPixels);
-  constexpr int64_t kLimit = std::numeric_limits<int>::max();
-  TORCH_CHECK((height + 2) * (width + 2) <= kLimit && blocks <= kLimit, "plane_sweep: ", height, " x ", width,
-              " pixels of ", cameras, " cameras are more than one launch can serve");
-  const Steps steps = prepare_steps(geometry, height, width, dtype, min_depth);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, current.scalar_type(), "plane_sweep_cuda", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const at::Tensor now = channels_last(current, 0, Pack<scalar_t>::size, current.scalar_type());
-    const at::Tensor before = channels_last(reference, 1, Pack<scalar_t>::size, current.scalar_type());
-    const Maps<scalar_t> maps{
-        now.const_data_ptr<scalar_t>(), before.const_data_ptr<scalar_t>(), steps.lattice<acc_t>(),
-        cost.mutable_data_ptr<acc_t>(), now.size(3), depths.size(0), height, width, options};
-    const auto stream = at::cuda::getCurrentCUDAStream();
-    plane_sweep_kernel<scalar_t><<<static_cast<unsigned>(blocks), kWarp * kWarps, 0, stream>>>(maps);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return cost;
+  if (probabilities && kWarps * depths.size(0) * sizeof(double) > kSharedBytes) {
+    return sweep(current, reference, geometry, options, min_depth, false).neg().softmax(1);
+  }
+  return sweep(current, reference, geometry, options, min_depth, probabilities);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mmdet3d, CUDA, m) { m.impl("plane_sweep", &plane_sweep_cuda); }
+TORCH_LIBRARY_IMPL(mmdet3d, CUDA, m) {
+  m.impl("plane_sweep", &plane_sweep_cuda<false>);
+  m.impl("plane_sweep_probability", &plane_sweep_cuda<true>);
+}
 
 }  // namespace mmdet3d::plane_sweep
