@@ -15,6 +15,8 @@ from mmdet3d.ops import (
     ms_deform_attn_reference,
     oa_cross_attention,
     oa_cross_attention_reference,
+    project_points,
+    project_points_reference,
 )
 from mmdet3d.ops._library import AVAILABLE
 
@@ -73,6 +75,8 @@ def bench_cases(device, dtype):
     attention.append(assign_queries(seen))
     grad = torch.rand(1, 10000, 96, device=device, dtype=attention[2].dtype)
     rule = DepthFit(1.0, 0.5)
+    points = torch.rand(10000, 8, 4, device=device, dtype=attention[2].dtype)
+    projection = points, torch.rand(1, 6, 4, 4, device=device, dtype=points.dtype), (256, 704), 1e-5
 
     def pair(make):
         return [make(attend) for attend in (oa_cross_attention, oa_cross_attention_reference)]
@@ -83,12 +87,66 @@ def bench_cases(device, dtype):
         return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
     return [
+        ("project_points", lambda: project_points(*projection), lambda: project_points_reference(*projection)),
         ("assign_queries", lambda: assign_queries(seen), lambda: assign_queries_reference(seen)),
         ("depth_consistency", lambda: depth_consistency(*geometry, rule),
          lambda: depth_consistency_reference(*geometry, rule)),
         ("oa_cross_attention forward", *pair(lambda attend: lambda: attend(*attention))),
         ("oa_cross_attention backward", *pair(backward)),
     ]
+
+
+# ---- projection -----------------------------------------------------------------------------------------------------
+
+
+def projection_case(device="cpu", dtype=torch.float64):
+    """points (Q, Z, 4) and image_from_points (B, N, 4, 4)."""
+    generator = torch.Generator().manual_seed(3)
+    points = torch.randn(7, 4, 4, generator=generator, dtype=torch.float64) * 3
+    matrices = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    matrices[:, :, :2] *= 2
+    return points.to(device, dtype), matrices.to(device, dtype)
+
+
+@pytest.mark.parametrize("project", [project_points, project_points_reference])
+def test_projection_equals_a_loop(device, project):
+    points, matrices = projection_case()
+    position, depth, valid = (t.cpu() for t in project(points.to(device), matrices.to(device), (2.0, 5.0), 1e-5))
+    assert position.shape == (3, 2, 7, 4, 2) and depth.shape == valid.shape == (3, 2, 7, 4)
+    assert 5 < valid.sum() < 100
+    for n, b, q, z in itertools.product(*map(range, depth.shape)):
+        u, v, metres, _ = (matrices[b, n] @ points[q, z]).tolist()
+        x, y = u / max(metres, 1e-5) / 2, v / max(metres, 1e-5) / 5
+        assert depth[n, b, q, z].item() == pytest.approx(metres)
+        assert position[n, b, q, z].tolist() == pytest.approx([x, y])
+        assert valid[n, b, q, z].item() == (metres > 1e-5 and 0 < x < 1 and 0 < y < 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_projection_equals_the_reference(device, dtype):
+    points, matrices = projection_case(device, dtype)
+    expected = project_points_reference(points, matrices, (2, 5), 0.1)
+    strided = points.transpose(0, 1).contiguous().transpose(0, 1), matrices.mT.contiguous().mT
+    for case in ((points, matrices), strided):
+        results = project_points(*case, (2, 5), 0.1)
+        for actual, target in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual, target)
+    nothing = project_points(points[:0], matrices, (2, 5), 0.1)
+    assert [t.shape for t in nothing] == [(3, 2, 0, 4, 2), (3, 2, 0, 4), (3, 2, 0, 4)]
+
+
+@pytest.mark.parametrize("changed, error, message", [
+    ({0: lambda t: t.half()}, TypeError, "points must be one of torch.float32"),
+    ({0: lambda t: t[..., :3]}, ValueError, r"points must have shape \(Q, Z, 4\) = \(7, 4, 4\), got \(7, 4, 3\)"),
+    ({1: lambda t: t.float()}, TypeError, "image_from_points must have the dtype of points"),
+    ({1: lambda t: t[0]}, ValueError, r"image_from_points must have shape \(B, N, 4, 4\), got \(3, 4, 4\)"),
+    ({1: lambda t: t[..., :3, :]}, ValueError, r"image_from_points must have .*\(2, 3, 4, 4\), got \(2, 3, 3, 4\)"),
+    ({1: lambda t: t.to("meta")}, ValueError, "image_from_points must be on the device of points"),
+    ({2: lambda t: (0, 5)}, ValueError, r"span must be two positive lengths \(x, y\), got \(0, 5\)")])
+def test_projection_refusals(changed, error, message):
+    case = [changed.get(i, lambda t: t)(t) for i, t in enumerate((*projection_case(), (2, 5), 1e-5))]
+    with pytest.raises(error, match=message):
+        project_points(*case)
 
 
 # ---- assignment -----------------------------------------------------------------------------------------------------
@@ -491,6 +549,7 @@ def test_registration(device):
     leaves = [t.requires_grad_() for t in (value, *others[:3])]
     check(ops.oa_cross_attention_forward.default, (leaves[0], *size, *leaves[1:], *others[3:]))
     check(ops.oa_assign_queries.default, (others[-1] >= 0,))
+    check(ops.oa_project_points.default, (*projection_case(device), 2.0, 5.0, 1e-5))
     position, metres, valid, depth = depth_case(device)
     bins_last = depth.flatten(3).transpose(2, 3).contiguous()
     check(ops.oa_depth_consistency.default,

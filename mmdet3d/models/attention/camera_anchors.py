@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmdet3d.ops import project_points
 from mmdet3d.utils.precision import full_precision
 
 MIN_DEPTH = 1e-5
@@ -64,10 +65,5 @@ def project_anchors(points: Tensor, image_from_ego: Tensor, image_size: tuple[in
             which anchors count as valid. False: u by the width and v by the height.
     """
     height, width = image_size
-    camera = torch.einsum("bnij,qzj->nbqzi", image_from_ego, points)
-    depth = camera[..., 2]
-    pixels = camera[..., :2] / depth.clamp(min=MIN_DEPTH)[..., None]
-    divisor = (height, width) if legacy_axis_swap else (width, height)
-    position = pixels / pixels.new_tensor(divisor)
-    valid = (depth > MIN_DEPTH) & (position > 0).all(-1) & (position < 1).all(-1)
-    return CameraAnchors(position, depth, valid)
+    span = (height, width) if legacy_axis_swap else (width, height)
+    return CameraAnchors(*project_points(points, image_from_ego, span, MIN_DEPTH))

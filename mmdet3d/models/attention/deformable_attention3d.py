@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmdet3d.models.attention.deformable_init import init_projection, init_sampling_offsets, init_zero
-from mmdet3d.ops import ms_deform_attn
+from mmdet3d.ops import DepthFit, oa_cross_attention
 from mmdet3d.registry import ATTENTION
 
 
@@ -55,49 +55,32 @@ class OA_MSDeformableAttention3D(BaseModule):  # noqa: N801  (name used by confi
         init_zero(self.attention_weights)
         init_projection(self.value_proj)
 
-    def forward(self, query: Tensor, tokens: Tensor, position: Tensor, anchor_depth: Tensor, visibility: Tensor,
-                depth: Tensor, depth_range: tuple[float, float, float]) -> Tensor:
-        """Sample the image features of each camera at the anchors of the queries it sees.
+    def depth_fit(self, depth_range: tuple[float, float, float]) -> DepthFit:
+        """Rule of the depth weights, for depth bins (first, end, step) in metres."""
+        first, _, step = depth_range
+        return DepthFit(first, step, self.sigma, self.squared_sigma, self.distance_to_neighbours, self.softmax_depth)
+
+    def forward(self, query: Tensor, tokens: Tensor, size: tuple[int, int], position: Tensor, consistency: Tensor,
+                visibility: Tensor, source: Tensor) -> Tensor:
+        """Sample the image features of the cameras that see a query at its anchors, and average them.
 
         Args:
-            query: [M, L, C] queries, positional encoding included; M = N * B cameras, L queries each.
-            tokens: [M, h * w, C] image features.
-            position: [M, L, Z, 2] normalised image position of the anchors.
-            anchor_depth: [M, L, Z] metres.
-            visibility: [M, L, Z] occupied probability.
-            depth: [M, D, h, w] depth probability.
-            depth_range: (first, end, step) of the depth bins, metres.
+            query: [B, Q, C] queries, positional encoding included.
+            tokens: [N, B, h * w, C] image features.
+            size: (h, w).
+            position: [N, B, Q, Z, 2] normalised image position of the anchors.
+            consistency: [N, B, Q, Z] how well the anchors fit the depth of the images.
+            visibility: [B, Q, Z] occupied probability.
+            source: [N, B, Q] int32 query whose visibility counts for a query in a camera, -1 if that does not see it.
 
         Returns:
-            [M, L, C].
+            [B, Q, C]; 0 for queries that no camera sees.
         """
-        cameras, length, _ = query.shape
-        height, width = depth.shape[-2:]
-        shape = (cameras, length, self.num_heads, self.num_points)
-        offsets = self.sampling_offsets(torch.cat([query, visibility.mean(-1, keepdim=True)], -1)).view(*shape, 2)
-        locations = position[:, :, None] + offsets / offsets.new_tensor((width, height))
-        consistency = self.depth_consistency(position, anchor_depth, depth, depth_range)
-        weights = self.attention_weights(query).view(shape).softmax(-1) * (consistency * visibility)[:, :, None]
+        shape = (self.num_heads, self.num_points)
+        # The last input is the mean visibility, which differs from camera to camera: the operator adds its part.
+        weight, bias = self.sampling_offsets.weight, self.sampling_offsets.bias
+        offsets = F.linear(query, weight[:, :-1], bias).unflatten(-1, (*shape, 2))
+        weights = self.attention_weights(query).unflatten(-1, shape).softmax(-1)
         value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))
-        return ms_deform_attn(value, [(height, width)], locations.unsqueeze(3), weights.unsqueeze(3))
-
-    @torch.no_grad()
-    def depth_consistency(self, position: Tensor, anchor_depth: Tensor, depth: Tensor,
-                          depth_range: tuple[float, float, float]) -> Tensor:
-        """[M, L, Z] in (0, 1]: how well an anchor's depth fits the most probable depth at its image position."""
-        cameras, bins, height, width = depth.shape
-        start, _, step = depth_range
-        value = depth.flatten(2).transpose(1, 2).unsqueeze(2)  # [M, h * w, 1, D]
-        where = position.flatten(1, 2)[:, :, None, None, None]  # [M, L * Z, 1, 1, 1, 2]
-        sampled = ms_deform_attn(value, [(height, width)], where, where.new_ones(where.shape[:-1]))
-        sampled = sampled.view(*position.shape[:-1], bins)
-        if self.softmax_depth:
-            sampled = sampled.softmax(-1)
-        likely = step * sampled.argmax(-1) + start
-        if self.distance_to_neighbours:
-            distance = torch.minimum((anchor_depth - (likely - step)).abs(), (anchor_depth - (likely + step)).abs())
-        else:
-            distance = (anchor_depth - likely).abs()
-        if self.squared_sigma:
-            return torch.exp(-distance.square() / 2 * self.sigma**2)
-        return torch.exp(-distance.square() / (2 * self.sigma**2))
+        return oa_cross_attention(value, size, offsets, weight[:, -1].view(*shape, 2), weights, position, consistency,
+                                  visibility, source)

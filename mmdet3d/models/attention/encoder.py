@@ -8,7 +8,7 @@ import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from mmdet3d.models.attention.camera_anchors import CameraAnchors, anchor_points, project_anchors
+from mmdet3d.models.attention.camera_anchors import anchor_points, project_anchors
 from mmdet3d.models.attention.encoder_layer import BEVContext
 from mmdet3d.models.attention.occupancy_predictor import OccupancyPredictor, query_visibility
 from mmdet3d.registry import TRANSFORMER_LAYER_SEQUENCE, build, check_keys
@@ -73,6 +73,7 @@ class BEVFormerEncoder(BaseModule):
         points = anchor_points(self.bev_size, num_z, pc_range, legacy_heights=legacy_anchor_heights)
         self.register_buffer("anchors", points, persistent=False)
         self.register_buffer("reference_points", _cell_centres(self.bev_size), persistent=False)
+        self.register_buffer("cells", torch.tensor(self.bev_size[::-1], dtype=torch.float32), persistent=False)
 
     def forward(self, query: Tensor, query_pos: Tensor, tokens: Tensor, depth: Tensor, image_from_ego: Tensor,
                 coarse_logits: Tensor | None, previous: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,14 +94,16 @@ class BEVFormerEncoder(BaseModule):
             layer's attention.
         """
         anchors = project_anchors(self.anchors, image_from_ego, self.image_size, legacy_axis_swap=self.legacy_axis_swap)
-        context = BEVContext(self.bev_size, query_pos, tokens, depth, CameraAnchors(*anchors))
+        # The layers are built from one config, so that their depth weights are the same.
+        consistency = self.layers[0].attentions[1].consistency(anchors, depth)
+        context = BEVContext(self.bev_size, self.cells, query_pos, tokens, tuple(depth.shape[-2:]), anchors,
+                             consistency)
         reference_points = self._queue_references(query.shape[0], shift if previous is not None else None)
-        current, logits = query, coarse_logits
+        values, logits = None, coarse_logits
         for index, layer in enumerate(self.layers):
             logits = self._predict(query, logits, index)
-            if previous is None or self.refresh_value_queue:
-                current = query
-            values = torch.stack([current if previous is None else previous, current], 1).flatten(0, 1)
+            if values is None or previous is None or self.refresh_value_queue:
+                values = torch.stack([query if previous is None else previous, query], 1).flatten(0, 1)
             query = layer(query, query_visibility(logits), values, reference_points, context)
         return query, logits
 

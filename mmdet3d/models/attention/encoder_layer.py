@@ -20,17 +20,21 @@ class BEVContext(NamedTuple):
 
     Attributes:
         bev_size: (Y, X).
+        cells: [2] the numbers of cells (X, Y) on the device.
         query_pos: [B, Q, C] positional encoding.
         tokens: [N, B, h * w, C] image features.
-        depth: [B, N, D, h, w] depth probability.
+        image_size: (h, w).
         anchors: 3D anchors of the queries in the cameras.
+        consistency: [N, B, Q, Z] how well the anchors fit the depth of the images.
     """
 
     bev_size: tuple[int, int]
+    cells: Tensor
     query_pos: Tensor
     tokens: Tensor
-    depth: Tensor
+    image_size: tuple[int, int]
     anchors: CameraAnchors
+    consistency: Tensor
 
 
 @TRANSFORMER_LAYER.register_module()
@@ -73,7 +77,9 @@ class BEVFormerEncoderLayer(BaseModule):
         """
         temporal, spatial = self.attentions
         pos = context.query_pos
-        query = self.norms[0](temporal(query, pos, values, reference_points, visibility, context.bev_size))
-        query = self.norms[1](spatial(query, pos, context.tokens, context.anchors, visibility, context.depth))
+        query = self.norms[0](
+            temporal(query, pos, values, reference_points, visibility, context.bev_size, context.cells))
+        query = self.norms[1](spatial(query, pos, context.tokens, context.image_size, context.anchors,
+                                      context.consistency, visibility))
         bev = query.transpose(1, 2).unflatten(2, context.bev_size)
         return self.convs[0](bev).flatten(2).transpose(1, 2)

@@ -75,7 +75,7 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
         init_projection(self.output_proj)
 
     def forward(self, query: Tensor, query_pos: Tensor, values: Tensor, reference_points: Tensor, visibility: Tensor,
-                bev_size: tuple[int, int]) -> Tensor:
+                bev_size: tuple[int, int], cells: Tensor) -> Tensor:
         """Attend to the queue; the residual is included.
 
         Args:
@@ -85,12 +85,12 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
             reference_points: [2 B, Q, 2] normalised (x, y) of the queries in each row's map.
             visibility: [B, Q, Z] occupied probability above each query.
             bev_size: (Y, X).
+            cells: [2] (X, Y) on the device, where an upload would hold up the frame.
 
         Returns:
             [B, Q, C].
         """
         batch, num_query, _ = query.shape
-        height, width = bev_size
         history = values[:batch] if self.interleaved_history_rows else values[:: self.num_queue]
         guide = torch.cat([history, query + query_pos], -1)
         offsets = self.sampling_offsets(torch.cat([guide, visibility.mean(-1, keepdim=True)], -1))
@@ -100,8 +100,8 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
         weights = rearrange(weights, "batch query head queue point -> (batch queue) query head 1 point")
         offsets = rearrange(
             offsets.view(*shape, 2), "batch query head queue point xy -> (batch queue) query head point xy")
-        locations = reference_points[:, :, None, None] + offsets / offsets.new_tensor((width, height))
+        locations = reference_points[:, :, None, None] + offsets / cells
         projected = self.value_proj(values).unflatten(-1, (self.num_heads, -1))
-        output = ms_deform_attn(projected, [(height, width)], locations.unsqueeze(3), weights)
+        output = ms_deform_attn(projected, [bev_size], locations.unsqueeze(3), weights)
         mean = scrambled_mean if self.scrambled_reduction else queue_mean
         return self.dropout(self.output_proj(mean(output, self.num_queue))) + query

@@ -3,7 +3,13 @@
 from .assignment import assign_queries
 from .depth_consistency import DepthFit, depth_consistency
 from .oa_cross_attention import oa_cross_attention
-from .reference import assign_queries_reference, depth_consistency_reference, oa_cross_attention_reference
+from .projection import project_points
+from .reference import (
+    assign_queries_reference,
+    depth_consistency_reference,
+    oa_cross_attention_reference,
+    project_points_reference,
+)
 
 __all__ = [
     "DepthFit",
@@ -13,4 +19,6 @@ __all__ = [
     "depth_consistency_reference",
     "oa_cross_attention",
     "oa_cross_attention_reference",
+    "project_points",
+    "project_points_reference",
 ]

@@ -40,7 +40,10 @@ def oa_cross_attention(
 
     Gradients go to ``value``, ``base_offsets``, ``offset_slope`` and ``attention_weights``, to nothing else. That of
     ``value`` on CUDA is summed by atomic additions, so its last bits vary from run to run, unless
-    ``torch.use_deterministic_algorithms(True)`` is on: then the slower reference runs. On the CPU it is deterministic.
+    ``torch.use_deterministic_algorithms(True)`` is on. Then terms are rounded to a common unit and summed as integers,
+    which is slower: the unit is the product of the largest magnitudes of the gradient and of the three weights, times
+    ``Q * P * 2**-60`` or smaller; if one of these is not finite, all of this gradient is NaN. Everything else, and all
+    of it on the CPU, is deterministic anyway.
 
     Args:
         value: (N, B, h * w, M, D) features of N cameras, row by row; M heads of D channels. float32 or float64;
@@ -68,7 +71,7 @@ def oa_cross_attention(
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     inputs = [tensor.to(dtype) for tensor in inputs]
     inputs[3:] = [tensor.detach() for tensor in inputs[3:]]
-    if not (_COMPILED and use_compiled(value)) or (value.is_cuda and torch.are_deterministic_algorithms_enabled()):
+    if not (_COMPILED and use_compiled(value)):
         return oa_cross_attention_reference(value, (height, width), *inputs, source)
     if value.device.type == "cpu":
         value = value.to(dtype)

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from .depth_consistency import DepthFit
 
 
+def project_points_reference(
+    points: Tensor, image_from_points: Tensor, span: tuple[float, float], min_depth: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One product of matrices, and what follows; same contract as ``project_points``."""
+    camera = torch.einsum("bnij,qzj->nbqzi", image_from_points, points)
+    depth = camera[..., 2]
+    pixels = camera[..., :2] / depth.clamp(min=min_depth).unsqueeze(-1)
+    position = torch.stack((pixels[..., 0] / span[0], pixels[..., 1] / span[1]), dim=-1)
+    valid = (depth > min_depth) & (position > 0).all(-1) & (position < 1).all(-1)
+    return position, depth, valid
+
+
 def assign_queries_reference(seen: Tensor) -> Tensor:
     """Cameras overwrite one buffer of query indices after the other; same contract as ``assign_queries``."""
     _, B, Q = seen.shape

@@ -2,6 +2,7 @@
 
 import torch
 
+import mmdet3d.models.attention  # noqa: F401  (registers the modules)
 from mmdet3d.registry import build
 
 X, Y, Z, CLASSES, CHANNELS, CAMS, BATCH, BINS, FEATURE = 6, 4, 2, 3, 8, 2, 2, 5, (2, 3)

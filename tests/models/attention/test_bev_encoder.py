@@ -157,10 +157,13 @@ def test_a_layer_is_attention_norm_attention_norm_convolution():
     query, visibility, values, references, context, output = seen.layers[0]
     temporal, spatial = layer.attentions
     with torch.no_grad():
-        x = layer.norms[0](temporal(query, context.query_pos, values, references, visibility, (Y, X)))
-        x = layer.norms[1](spatial(x, context.query_pos, context.tokens, context.anchors, visibility, context.depth))
+        x = layer.norms[0](temporal(query, context.query_pos, values, references, visibility, (Y, X),
+                                    torch.tensor([float(X), float(Y)])))
+        x = layer.norms[1](spatial(x, context.query_pos, context.tokens, stage.FEATURE, context.anchors,
+                                   context.consistency, visibility))
         bev = torch.stack([x[:, y * X : (y + 1) * X].transpose(1, 2) for y in range(Y)], 2)  # [B, C, Y, X]
         torch.testing.assert_close(output, layer.convs[0](bev).flatten(2).transpose(1, 2))
+        torch.testing.assert_close(context.consistency, spatial.consistency(context.anchors, stage.inputs()["depth"]))
     assert context.bev_size == (Y, X) and context.tokens.shape == (stage.CAMS, BATCH, 6, stage.CHANNELS)
 
 

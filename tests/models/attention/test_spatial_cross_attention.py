@@ -4,54 +4,14 @@ import math
 
 import pytest
 import torch
-from literal_attention import cross_attention, depth_weight, shared_buffers
+from literal_attention import cross_attention, depth_weight
 
 from mmdet3d.models.attention import OA_MSDeformableAttention3D, OA_SpatialCrossAttention
 from mmdet3d.models.attention.camera_anchors import CameraAnchors
-from mmdet3d.models.attention.spatial_cross_attention import select_queries, shared_buffer_source
+from mmdet3d.ops import depth_consistency
 
 CAMS, BATCH, QUERIES, POINTS, CHANNELS, HEADS, BINS, SIZE = 3, 2, 11, 4, 6, 2, 5, (2, 7)
 RANGE = (1.0, 6.0, 1.0)
-
-
-def masks():
-    """Random masks [N, B, Q], also with empty cameras, with an empty sample and with nothing at all."""
-    generator = torch.Generator().manual_seed(0)
-    for density in (0.1, 0.4, 0.9, 1.0):
-        yield torch.rand(4, 3, 9, generator=generator) < density
-    some = torch.rand(4, 3, 9, generator=generator) < 0.5
-    for empty in ((slice(None), 1), (0,), (3,), (slice(1, 3),), (slice(None),)):
-        mask = some.clone()
-        mask[empty] = False
-        yield mask
-
-
-@pytest.mark.parametrize("seen", list(masks()))
-def test_lists_of_queries_per_camera(seen):
-    queries = select_queries(seen)
-    lists = [[row.nonzero()[:, 0].tolist() for row in camera] for camera in seen]
-    longest = max(len(entries) for camera in lists for entries in camera)
-    assert queries.index.shape == (4, 3, longest)
-    entries = set()
-    for n in range(4):
-        for b in range(3):
-            assert queries.index[n, b, : len(lists[n][b])].tolist() == lists[n][b]
-            assert not queries.index[n, b, len(lists[n][b]):].any()
-            entries |= {(n, b, q, j) for j, q in enumerate(lists[n][b])}
-    columns = (queries.camera, queries.sample, queries.query, queries.slot)
-    found = list(zip(*(column.tolist() for column in columns), strict=True))
-    assert set(found) == entries and len(found) == len(entries)
-    assert torch.equal(queries.count, seen.sum(0).clamp(min=1))
-
-
-@pytest.mark.parametrize("seen", list(masks()))
-def test_the_shared_buffer_holds_what_the_last_camera_wrote(seen):
-    source = shared_buffer_source(select_queries(seen), 9)
-    lists = [[row.nonzero()[:, 0].tolist() for row in camera] for camera in seen]
-    who = torch.arange(9.0).expand(3, 9)  # the value of a query is its index
-    for b, buffer in enumerate(shared_buffers(lists, who)):
-        for j, query in buffer.items():
-            assert source[b, j] == query
 
 
 def make(shared=True, **options):
@@ -81,6 +41,11 @@ def case():
             "depth": (uniform(BATCH, CAMS, BINS, *SIZE) * 4).softmax(2)}
 
 
+def attend(module, query, query_pos, tokens, anchors, visibility, depth):
+    consistency = module.consistency(anchors, depth)
+    return module(query, query_pos, tokens, SIZE, anchors, consistency, visibility)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_equals_the_literal_loop_over_cameras(case, shared):
     module = make(shared)
@@ -88,9 +53,9 @@ def test_equals_the_literal_loop_over_cameras(case, shared):
     lists = [[row.any(-1).sum().item() for row in camera] for camera in mask]
     assert len({length for camera in lists for length in camera}) > 2  # lists of different lengths
     with torch.no_grad():
-        output = module(**case)
+        output = attend(module, **case)
         torch.testing.assert_close(output, cross_attention(module, mask=mask, shared=shared, **case))
-        assert not torch.allclose(output, make(not shared)(**case))
+        assert not torch.allclose(output, attend(make(not shared), **case))
         unseen = ~mask.any(-1).any(0)
         assert unseen[:, 4].all()
         torch.testing.assert_close(output[unseen], (case["query"] + module.output_proj.bias)[unseen])
@@ -100,7 +65,7 @@ def test_nothing_in_any_camera_leaves_the_query_and_the_bias(case):
     nowhere = case["anchors"]._replace(valid=torch.zeros_like(case["anchors"].valid))
     module = make()
     with torch.no_grad():
-        output = module(**{**case, "anchors": nowhere})
+        output = attend(module, **{**case, "anchors": nowhere})
     torch.testing.assert_close(output, case["query"] + module.output_proj.bias)
 
 
@@ -110,7 +75,7 @@ def test_all_anchors_in_a_camera_count_when_none_is_visible(case):
     assert torch.equal(module.visible_anchors(case["anchors"].valid, case["visibility"]), case["anchors"].valid)
     with torch.no_grad():
         expected = cross_attention(module, mask=case["anchors"].valid, **case)
-        torch.testing.assert_close(module(**case), expected)
+        torch.testing.assert_close(attend(module, **case), expected)
     # One visible anchor anywhere in the batch, and only that one counts.
     n, b, q, z = case["anchors"].valid.nonzero()[7].tolist()
     case["visibility"][b, q, z] = 0.9
@@ -149,18 +114,18 @@ def test_the_threshold_of_training_is_a_truncated_normal_that_cameras_share():
 def test_depth_consistency_equals_its_formula(options):
     module = OA_MSDeformableAttention3D(CHANNELS, num_heads=HEADS, num_points=POINTS, **options)
     generator = torch.Generator().manual_seed(6)
-    position = torch.rand(2, 5, POINTS, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2
-    position[0, 0, 0] = -3.0  # off the map: a zero distribution, whose first bin counts
-    anchor = torch.rand(2, 5, POINTS, generator=generator, dtype=torch.float64) * 7
-    depth = (torch.rand(2, BINS, *SIZE, generator=generator, dtype=torch.float64) * 5).softmax(1)
-    weight = module.depth_consistency(position, anchor, depth, RANGE)
+    position = torch.rand(2, 1, 5, POINTS, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    position[0, 0, 0, 0] = -3.0  # off the map: a zero distribution, whose first bin counts
+    anchor = torch.rand(2, 1, 5, POINTS, generator=generator, dtype=torch.float64) * 7
+    depth = (torch.rand(1, 2, BINS, *SIZE, generator=generator, dtype=torch.float64) * 5).softmax(2)
+    weight = depth_consistency(position, anchor, anchor > -1, depth, module.depth_fit(RANGE))
     rules = {"sigma": options.get("sigma", 2.0), "squared": options.get("squared_sigma", True),
              "neighbours": options.get("distance_to_neighbours", True), "softmax": options.get("softmax_depth", True)}
     for m in range(2):
         for q in range(5):
             for z in range(POINTS):
-                expected = depth_weight(position[m, q, z], anchor[m, q, z], depth[m], RANGE, **rules)
-                torch.testing.assert_close(weight[m, q, z], expected)
+                expected = depth_weight(position[m, 0, q, z], anchor[m, 0, q, z], depth[0, m], RANGE, **rules)
+                torch.testing.assert_close(weight[m, 0, q, z], expected)
 
 
 @pytest.mark.parametrize("anchor, options, mu_and_factor", [
@@ -170,10 +135,11 @@ def test_depth_consistency_equals_its_formula(options):
 def test_depth_consistency_of_a_certain_depth(anchor, options, mu_and_factor):
     """The depth is 3 m for sure, with bins of 0.5 m."""
     mu, factor = mu_and_factor
-    depth = torch.zeros(1, 88, 2, 3)
-    depth[:, 4] = 1
-    weight = OA_MSDeformableAttention3D(8, num_points=1, **options).depth_consistency(
-        torch.full((1, 1, 1, 2), 0.5), torch.full((1, 1, 1), anchor), depth, (1.0, 45.0, 0.5))
+    depth = torch.zeros(1, 1, 88, 2, 3)
+    depth[:, :, 4] = 1
+    rule = OA_MSDeformableAttention3D(8, num_points=1, **options).depth_fit((1.0, 45.0, 0.5))
+    weight = depth_consistency(torch.full((1, 1, 1, 1, 2), 0.5), torch.full((1, 1, 1, 1), anchor),
+                               torch.ones(1, 1, 1, 1, dtype=torch.bool), depth, rule)
     assert weight.item() == pytest.approx(math.exp(-factor * mu**2))
 
 
@@ -181,7 +147,7 @@ def test_no_gradient_into_depth_positions_or_visibility_weights(case):
     module = make()
     for name in ("query", "query_pos", "tokens", "depth"):
         case[name].requires_grad_()
-    module(**case).square().sum().backward()
+    attend(module, **case).square().sum().backward()
     assert case["depth"].grad is None
     for tensor in (case["query"], case["query_pos"], case["tokens"], *module.parameters()):
         assert tensor.grad.abs().sum() > 0
@@ -205,8 +171,11 @@ def test_initial_values_and_published_shapes():
         "output_proj.weight": (96, 96), "output_proj.bias": (96,)}
 
 
-def test_unsupported_options_are_refused():
+def test_unsupported_options_are_refused(case):
     with pytest.raises(ValueError, match="layer_scale is not supported"):
         OA_SpatialCrossAttention({"type": "OA_MSDeformableAttention3D", "embed_dims": 8}, 8, layer_scale=0.1)
+    case["tokens"] = case["tokens"][1:]
+    with pytest.raises(ValueError, match="expected the tokens of num_cams=3 cameras, got 2"):
+        attend(make(), **case)
     with pytest.raises(ValueError, match="num_heads.*num_levels"):
         OA_MSDeformableAttention3D(96, num_levels=4)

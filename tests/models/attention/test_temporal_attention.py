@@ -67,13 +67,18 @@ def case(batch, seed=2):
             references, visibility, SIZE)
 
 
+def attend(module, query, query_pos, values, references, visibility, size):
+    cells = torch.tensor([size[1], size[0]], dtype=query.dtype)
+    return module(query, query_pos, values, references, visibility, size, cells)
+
+
 @pytest.mark.parametrize("batch, scrambled, interleaved", [(1, True, True), (2, True, True), (2, False, False)])
 def test_equals_the_literal_formulas(batch, scrambled, interleaved):
     module = make(scrambled_reduction=scrambled, interleaved_history_rows=interleaved)
     arguments = case(batch)
     with torch.no_grad():
         expected = temporal_attention(module, *arguments, scrambled, interleaved)
-        torch.testing.assert_close(module(*arguments), expected)
+        torch.testing.assert_close(attend(module, *arguments), expected)
 
 
 def test_the_corrected_reduction_makes_samples_independent():
@@ -81,23 +86,24 @@ def test_the_corrected_reduction_makes_samples_independent():
     first = (query[:1], query_pos[:1], values[:2], references[:2], visibility[:1], size)
     with torch.no_grad():
         corrected = make(scrambled_reduction=False, interleaved_history_rows=False)
-        together = corrected(query, query_pos, values, references, visibility, size)
-        torch.testing.assert_close(together[:1], corrected(*first))
+        together = attend(corrected, query, query_pos, values, references, visibility, size)
+        torch.testing.assert_close(together[:1], attend(corrected, *first))
         quirky = make()
-        assert not torch.allclose(quirky(query, query_pos, values, references, visibility, size)[:1], quirky(*first))
+        mixed = attend(quirky, query, query_pos, values, references, visibility, size)
+        assert not torch.allclose(mixed[:1], attend(quirky, *first))
 
 
 def test_with_one_sample_the_interleaved_rows_are_the_history():
     arguments = case(1)
     with torch.no_grad():
-        torch.testing.assert_close(make(interleaved_history_rows=False)(*arguments), make()(*arguments))
+        torch.testing.assert_close(attend(make(interleaved_history_rows=False), *arguments), attend(make(), *arguments))
 
 
 def test_invisible_voxels_leave_the_query_and_the_bias():
     query, query_pos, values, references, visibility, size = case(2)
     module = make()
     with torch.no_grad():
-        output = module(query, query_pos, values, references, torch.zeros_like(visibility), size)
+        output = attend(module, query, query_pos, values, references, torch.zeros_like(visibility), size)
         torch.testing.assert_close(output, query + module.output_proj.bias)
 
 
@@ -135,6 +141,6 @@ def test_gradients_reach_queries_values_and_weights_but_not_visibility():
     query, query_pos, values, references, visibility, size = case(2)
     query, values = query.requires_grad_(), values.requires_grad_()
     module = make()
-    module(query, query_pos, values, references, visibility, size).square().sum().backward()
+    attend(module, query, query_pos, values, references, visibility, size).square().sum().backward()
     for tensor in (query, values, *module.parameters()):
         assert tensor.grad.abs().sum() > 0

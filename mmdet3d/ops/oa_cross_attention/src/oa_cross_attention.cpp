@@ -58,6 +58,10 @@ void check_grad(const at::Tensor& grad_out, const Tensors& in, const Sizes& size
 }  // namespace mmdet3d::oa_cross_attention
 
 TORCH_LIBRARY_FRAGMENT(mmdet3d, m) {
+  // position, depth and valid
+  m.def(
+      "oa_project_points(Tensor points, Tensor image_from_points, float span_x, float span_y, float min_depth) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("oa_assign_queries(Tensor seen) -> Tensor");
   // depth is (B, N, h * w, D): the bins of a pixel side by side.
   m.def(

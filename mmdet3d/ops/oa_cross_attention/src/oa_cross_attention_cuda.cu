@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "fixed_point.cuh"
+#include "float_sums.cuh"
 #include "oa_cross_attention.h"
 
 namespace mmdet3d::oa_cross_attention {
@@ -44,33 +46,18 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Inputs<T, Acc> 
 template <typename Acc>
 struct Gradients {
   const Acc* out;
-  Acc *value, *base, *slope, *attention;  // slope is (B, Q, M, P, 2): the terms of the sum over B and Q
+  Acc *base, *slope, *attention;  // slope is (B, Q, M, P, 2): the terms of the sum over B and Q
 };
 
-template <typename Acc, int Count>
-__device__ __forceinline__ void atomic_add(Acc* address, const Acc (&terms)[Count]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
-  constexpr bool kTogether = std::is_same_v<Acc, float> && Count == 4;
-#else
-  constexpr bool kTogether = false;
-#endif
-  if constexpr (kTogether) {
-    atomicAdd(reinterpret_cast<float4*>(address), make_float4(terms[0], terms[1], terms[2], terms[3]));
-  } else {
-#pragma unroll
-    for (int c = 0; c < Count; ++c) atomicAdd(address + c, terms[c]);
-  }
-}
-
 // `threads` is B * Q * M * P.
-template <int Count, typename T, typename Acc>
+template <int Count, typename T, typename Acc, typename Sums>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const Inputs<T, Acc> in, const Gradients<Acc> grads,
-                                                            unsigned threads) {
+                                                            const Sums grad_value, unsigned threads) {
   const unsigned i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= threads) return;
   const Sizes& s = in.sizes;
   const unsigned row = i / s.points, place = row / s.heads;  // of (B, Q, M) and of (B, Q)
-  const auto add = [&](int offset, const Acc(&terms)[Count]) { atomic_add(grads.value + offset, terms); };
+  const auto add = [&](int offset, const Acc(&terms)[Count]) { grad_value.add(offset, terms); };
   const PointGradients<Acc> result = attend_backward<Count>(in, grads.out, place / s.queries, place % s.queries,
                                                             row % s.heads, i % s.points, add);
   const int64_t first = 2 * static_cast<int64_t>(i);
@@ -141,42 +128,73 @@ at::Tensor forward(const at::Tensor& value, int64_t height, int64_t width, const
   return out;
 }
 
+// Everything of the backward pass but where the gradient of value is summed.
+template <typename T, typename Acc>
+struct BackwardPass {
+  Inputs<T, Acc> inputs;
+  Gradients<Acc> grads;
+  int64_t threads;
+  bool vectors;
+
+  template <typename Sums>
+  void run(const Sums& grad_value) const {
+    choose_count(vectors, [&](auto count) {
+      constexpr int Count = decltype(count)::value;
+      backward_kernel<Count, T, Acc, Sums>
+          <<<blocks_for(threads), kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+              inputs, grads, grad_value, static_cast<unsigned>(threads));
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  }
+};
+
+// No term that is added to the gradient of value is larger: gradient, three weights and shares of at most 1.
+at::Tensor bound_of_terms(const at::Tensor& grad_out, const Contiguous& in) {
+  using fixed_point::largest_magnitude;
+  return largest_magnitude(grad_out) * largest_magnitude(in.attention) * largest_magnitude(in.consistency) *
+         largest_magnitude(in.visibility);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_out, const at::Tensor& value, int64_t height, int64_t width, const at::Tensor& base,
     const at::Tensor& slope, const at::Tensor& attention, const at::Tensor& position, const at::Tensor& consistency,
     const at::Tensor& visibility, const at::Tensor& source) {
-  at::globalContext().alertNotDeterministic("oa_cross_attention_backward");
   const Tensors in{value, base, slope, attention, position, consistency, visibility, source};
   const Sizes sizes = check_inputs(in, height, width);
   check_grad(grad_out, in, sizes);
   const c10::cuda::CUDAGuard guard(value.device());
-  // Sums of many terms: half precision adds them in float32.
-  at::Tensor grad_value = at::zeros(value.sizes(), base.options());
-  at::Tensor grad_base = at::empty(base.sizes(), base.options());
+  at::Tensor grad_value, grad_base = at::empty(base.sizes(), base.options());
   at::Tensor grad_slope = at::empty(base.sizes(), base.options());
   at::Tensor grad_attention = at::empty(attention.sizes(), attention.options());
-  if (attention.numel() > 0) {
-    const Contiguous tensors(in);
-    const at::Tensor grad_out_c = grad_out.contiguous();
-    const bool vectors = sizes.channels % kVector == 0 && aligned(tensors.value) && aligned(grad_out_c);
-    const auto stream = at::cuda::getCurrentCUDAStream();
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, value.scalar_type(), "oa_cross_attention_backward", [&] {
-          using Acc = at::acc_type<scalar_t, true>;
-          const auto inputs = tensors.pointers<scalar_t, Acc>(sizes);
-          const Gradients<Acc> grads{grad_out_c.const_data_ptr<Acc>(), grad_value.mutable_data_ptr<Acc>(),
-                                     grad_base.mutable_data_ptr<Acc>(), grad_slope.mutable_data_ptr<Acc>(),
-                                     grad_attention.mutable_data_ptr<Acc>()};
-          choose_count(vectors, [&](auto count) {
-            constexpr int Count = decltype(count)::value;
-            const int64_t threads = attention.numel();
-            backward_kernel<Count, scalar_t, Acc><<<blocks_for(threads), kThreads, 0, stream>>>(
-                inputs, grads, static_cast<unsigned>(threads));
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
-          });
-        });
+  if (attention.numel() == 0) {
+    return {at::zeros(value.sizes(), value.options()), grad_base, at::zeros(slope.sizes(), slope.options()),
+            grad_attention};
   }
-  return {grad_value.to(value.scalar_type()), grad_base, grad_slope.sum(at::IntArrayRef{0, 1}), grad_attention};
+  const Contiguous tensors(in);
+  const at::Tensor grad_out_c = grad_out.contiguous();
+  const bool vectors = sizes.channels % kVector == 0 && aligned(tensors.value) && aligned(grad_out_c);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, value.scalar_type(), "oa_cross_attention_backward", [&] {
+        using Acc = at::acc_type<scalar_t, true>;
+        const BackwardPass<scalar_t, Acc> pass{
+            tensors.pointers<scalar_t, Acc>(sizes),
+            {grad_out_c.const_data_ptr<Acc>(), grad_base.mutable_data_ptr<Acc>(), grad_slope.mutable_data_ptr<Acc>(),
+             grad_attention.mutable_data_ptr<Acc>()},
+            attention.numel(), vectors};
+        if (at::globalContext().deterministicAlgorithms()) {
+          // A point adds at most once to an element.
+          fixed_point::Accumulator sums(value.sizes(), bound_of_terms(grad_out_c, tensors),
+                                        int64_t{sizes.queries} * sizes.points);
+          pass.run(sums.sums());
+          grad_value = sums.result(value.scalar_type());
+        } else {
+          // Sums of many terms: half precision adds them in float32.
+          const at::Tensor sums = at::zeros(value.sizes(), base.options());
+          pass.run(FloatSums<Acc>{sums.mutable_data_ptr<Acc>()});
+          grad_value = sums.to(value.scalar_type());
+        }
+      });
+  return {grad_value, grad_base, grad_slope.sum(at::IntArrayRef{0, 1}), grad_attention};
 }
 
 }  // namespace
