@@ -10,9 +10,12 @@ from .oa_cross_attention import (
     depth_consistency_reference,
     oa_cross_attention,
     oa_cross_attention_reference,
+    project_points,
+    project_points_reference,
 )
 from .plane_sweep import plane_sweep, plane_sweep_reference
 from .ray_cast import RayHits, ray_cast, ray_cast_reference
+from .ray_counts import RayTotals, ray_counts, ray_counts_reference
 from .resize_crop import resize_crop, resize_crop_reference
 from .upsample_mlp import upsample_mlp, upsample_mlp_reference
 
@@ -20,6 +23,7 @@ __all__ = [
     "DepthFit",
     "PoolOrder",
     "RayHits",
+    "RayTotals",
     "assign_queries",
     "assign_queries_reference",
     "bev_pool_v2",
@@ -32,8 +36,12 @@ __all__ = [
     "oa_cross_attention_reference",
     "plane_sweep",
     "plane_sweep_reference",
+    "project_points",
+    "project_points_reference",
     "ray_cast",
     "ray_cast_reference",
+    "ray_counts",
+    "ray_counts_reference",
     "resize_crop",
     "resize_crop_reference",
     "sort_by_cell",

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "fixed_point.cuh"
+#include "float_sums.cuh"
 #include "ms_deform_attn.h"
 
 namespace mmdet3d::ms_deform_attn {
@@ -131,32 +132,6 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Inputs<T> in, T
 #pragma unroll
     for (int c = 0; c < N; ++c) result.at[c] = static_cast<T>(sum[c]);
     *reinterpret_cast<Vector<T, N>*>(out + static_cast<int64_t>(i) * N) = result;
-  }
-}
-
-// Adds to an array of sums; their last bits depend on the order in which threads come.
-template <typename Acc>
-struct FloatSums {
-  Acc* __restrict__ at;
-
-  template <int N>
-  __device__ __forceinline__ void add(int64_t offset, const Acc (&terms)[N]) const;
-};
-
-template <typename Acc>
-template <int N>
-__device__ __forceinline__ void FloatSums<Acc>::add(int64_t offset, const Acc (&terms)[N]) const {
-  Acc* address = at + offset;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
-  constexpr bool kTogether = std::is_same_v<Acc, float> && N == 4;
-#else
-  constexpr bool kTogether = false;
-#endif
-  if constexpr (kTogether) {
-    atomicAdd(reinterpret_cast<float4*>(address), make_float4(terms[0], terms[1], terms[2], terms[3]));
-  } else {
-#pragma unroll
-    for (int c = 0; c < N; ++c) atomicAdd(address + c, terms[c]);
   }
 }
 
