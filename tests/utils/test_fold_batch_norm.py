@@ -136,6 +136,18 @@ def test_under_autocast_weights_are_converted_once():
     assert conv._converted == {}
 
 
+@pytest.mark.parametrize("name", ["bottleneck", "3d block with a shortcut"])
+def test_blocks_under_autocast(name):
+    torch.manual_seed(0)
+    make, shape = BLOCKS[name]
+    block, x = fold_batch_norm(trained(make())), torch.randn(shape)
+    expected, = outputs(block, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, = outputs(block, x)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", BLOCKS)
 def test_values_on_a_gpu(name):
@@ -146,5 +158,10 @@ def test_values_on_a_gpu(name):
     x = torch.randn(shape)
     expected = outputs(module[0], x)
     folded = fold_batch_norm(module).cuda()
-    for found, wanted in zip(outputs(folded[0], x.cuda()), expected, strict=True):
-        torch.testing.assert_close(found.cpu(), wanted, atol=1e-4, rtol=1e-3)
+    fused = [part for part in folded.modules() if isinstance(part, FusedConv) and part.relu]
+    for one_kernel in (None, False):
+        for part in fused:
+            part.one_kernel = one_kernel
+        for found, wanted in zip(outputs(folded[0], x.cuda()), expected, strict=True):
+            torch.testing.assert_close(found.cpu(), wanted, atol=1e-4, rtol=1e-3)
+        assert all(part.one_kernel is not None for part in fused)
