@@ -19,6 +19,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mmdet3d.utils.checkpoint import CheckpointError, read_checkpoint
 
@@ -61,19 +62,22 @@ def find_latest(work_dir: str | os.PathLike) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none can be read; to begin anew would overwrite them.
     """
+    return _newest(Path(work_dir))[0]
+
+
+def _newest(work_dir: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that can be read, and its content."""
     problems = []
-    for path in _by_preference(Path(work_dir)):
+    for path in _by_preference(work_dir):
         try:
-            read_checkpoint(path)
+            return path, read_checkpoint(path)
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
             problems.append(str(error))
-            continue
-        return path
     if problems:
         raise CheckpointError(f"{work_dir}: none of its {len(problems)} checkpoints can be read; the newest: "
                               f"{problems[0]}")
-    return None
+    return None, {}
 
 
 def _by_preference(work_dir: Path) -> Iterator[Path]:
@@ -136,10 +140,9 @@ def remove_leftovers(work_dir: str | os.PathLike) -> None:
                 leftover.unlink(missing_ok=True)
     if (work_dir / STATE_FOLDER).is_dir():
         try:
-            newest = find_latest(work_dir)
+            state = _newest(work_dir)[1].get("training_state", {})
         except CheckpointError:
             return  # somebody may want to repair them
-        state = read_checkpoint(newest).get("training_state", {}) if newest else {}
         remove_other_rank_files(work_dir, state.get("rank_folder"))
 
 

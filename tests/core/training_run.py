@@ -177,6 +177,9 @@ def main():
         torch.distributed.init_process_group("gloo")
     for work_dir, options in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         start(work_dir, **json.loads(options))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
