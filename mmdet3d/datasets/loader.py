@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -111,13 +113,8 @@ class _SeededSamples(Dataset):
 
 def _start_worker(dataset: Dataset, seed: int, rank: int, workers: int, opencv_threads: int | None,
                   worker: int) -> None:
-    """Seed the generators of a worker as the published training does, and keep it from starting threads.
-
-    Ctrl-C and SIGTERM often reach all processes of a job. The process that the worker serves decides what to do; when
-    it ends, so does the worker.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Seed the generators of a worker as the published training does, and keep it from starting threads."""
+    _leave_signals_to_parent()
     own = (workers * rank + worker + seed) % 2**32
     np.random.seed(own)  # noqa: NPY002 - pipelines of the mmdet family draw from the global generator
     random.seed(own)
@@ -128,6 +125,24 @@ def _start_worker(dataset: Dataset, seed: int, rank: int, workers: int, opencv_t
         import cv2
 
         cv2.setNumThreads(opencv_threads)
+
+
+def _leave_signals_to_parent() -> None:
+    """In a worker: Ctrl-C and SIGTERM often reach all processes of a job, but the loop decides when to end.
+
+    A worker ends with the process that it serves, or when that one tells it to.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

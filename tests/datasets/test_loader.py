@@ -1,6 +1,8 @@
 """Loaders: order of samples, form of batches, random numbers and the way to the device."""
 
 import itertools
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -168,3 +170,18 @@ def test_samples_that_do_not_fit_together(samples, message):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         build_dataloader(Draws(), **{"samples_per_gpu": 1, "workers_per_gpu": 0, "training": True, **options})
+
+
+def test_workers_leave_signals_to_the_process_they_serve(infos):
+    loader = build_dataloader(make_dataset(infos, True), 1, 1, training=True, start_method="fork")
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # as from a terminal or a launcher, not from the parent
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    for _ in range(4):
+        next(batches)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0

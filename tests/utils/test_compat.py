@@ -1,7 +1,9 @@
 """Each mended part of mmcv, beside what mmcv itself does."""
 
 import logging
+import re
 import sys
+from pathlib import Path
 
 import mmcv.runner
 import pytest
@@ -9,6 +11,7 @@ import torch
 from mmcv.runner import BaseModule, LogBuffer, TensorboardLoggerHook
 from torch import distributed
 
+import mmdet3d
 from mmdet3d.utils.compat import BoundedLogBuffer, peak_memory_mb, summary_writer, without_init_report
 
 
@@ -88,3 +91,11 @@ def test_init_weights_without_report(quiet, caplog):
     with caplog.at_level(logging.INFO):
         logging.getLogger("mmdet3d").info("heard again")
     assert [record.getMessage() for record in caplog.records] == ["heard again"]
+
+
+def test_broken_parts_of_mmcv_are_not_used():
+    """Scattering to a device by its number, wrappers around internals of DDP, and reading that runs code."""
+    broken = re.compile(r"MMDataParallel|MMDistributedDataParallel|scatter_kwargs|cuda\.amp|init_dist\b|"
+                        r"mmcv\.runner import .*\b(load_checkpoint|save_checkpoint|load_state_dict)\b")
+    sources = Path(mmdet3d.__file__).parent.rglob("*.py")
+    assert [str(path) for path in sources if broken.search(path.read_text())] == []
