@@ -1,5 +1,6 @@
 """Normalisation after the transfer: images travel as bytes, a quarter of the size; a table gives the floats."""
 
+import functools
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -7,6 +8,13 @@ import torch
 from torch import Tensor
 
 from mmdet3d.datasets.pipelines.images import NORMALISED
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """[3, 256] float of each byte by channel; uploaded once, because the transfer of pageable memory waits."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(NORMALISED).to(device)
 
 
 def normalise_on_device(images: Tensor) -> Tensor:
@@ -25,7 +33,7 @@ def normalise_on_device(images: Tensor) -> Tensor:
         return images
     if images.dim() < 3 or images.shape[-3] != 3:
         raise ValueError(f"expected images [..., 3, H, W], got shape {tuple(images.shape)}")
-    table = torch.from_numpy(NORMALISED).to(images.device)
+    table = _table(images.device)
     normalised = torch.empty(images.shape, device=images.device)
     for channel in range(3):
         values = images.select(-3, channel)

@@ -186,20 +186,26 @@ class STCOcc(BaseDetector):
         return FramePlan.pack(lifts, stages, meta, None if memory is None else memory.features,
                               pinned=torch.device(device).type == "cuda")
 
-    def compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None
-                ) -> tuple[Prediction, ForwardFeatures]:
-        """The device's part of a frame. Arguments as :meth:`run`, and the plan on the device of the images."""
+    def compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None,
+                histories_out: Sequence[Tensor] | None = None) -> tuple[Prediction, ForwardFeatures]:
+        """The device's part of a frame. Arguments as :meth:`run`, and the plan on the device of the images.
+
+        ``histories_out`` are the tensors that the new memory's histories are written to, in memory of their own; only
+        without gradients. Default: new ones.
+        """
         cache = None if memory is None else memory.features
         features = self.forward_projection(images, plan.lifts, plan.reuse, cache)
-        return self.cascade(features, plan, memory), features
+        return self.cascade(features, plan, memory, histories_out), features
 
-    def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None) -> Prediction:
+    def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None,
+                histories_out: Sequence[Tensor] | None = None) -> Prediction:
         """Stages and heads, coarse to fine.
 
         Args:
             features: Volumes, depth [B * N, D, h, w] and context [B * N, C, h, w] of the coarse encoder.
             plan: The frame's plan, on the device of the features.
             memory: What the previous frame returned, as it was when the plan was made.
+            histories_out: See :meth:`compute`.
         """
         geometry, batch = plan.stages, len(plan.bda)
         context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
@@ -214,7 +220,8 @@ class STCOcc(BaseDetector):
             occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
             volume = volume + bev[:, :, None] * occupied[:, None]
             if self.temporal_fusion_list:
-                volume, history = self._fuse(s, volume, logits, occupied, plan, memory)
+                volume, history = self._fuse(s, volume, logits, occupied, plan, memory,
+                                             None if histories_out is None else histories_out[s])
                 histories.append(history)
             stage_logits.append(stage)
             coarser = volume
@@ -224,10 +231,11 @@ class STCOcc(BaseDetector):
                           self._remember(histories[::-1], plan, features.key_features))
 
     def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, plan: FramePlan,
-              memory: TemporalMemory | None) -> tuple[Tensor, Tensor]:
+              memory: TemporalMemory | None, history_out: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.temporal_fusion_list[s](
             volume, logits, occupied, None if memory is None else memory.histories[s], self.grids[s],
-            plan.meta.starts, plan.stages.index_matrices[s], top_k=self.top_k[self.training][s])
+            plan.meta.starts, plan.stages.index_matrices[s], top_k=self.top_k[self.training][s],
+            history_out=history_out)
 
     def _memory_layout(self) -> MemoryLayout:
         fusions = self.temporal_fusion_list

@@ -1,0 +1,176 @@
+"""Evaluation frame after frame; on a GPU the frames of a running sequence replay a CUDA graph.
+
+A frame of the released model launches about 1500 kernels, most of them shorter than their launch, so that a GPU would
+wait for Python half of the time. A CUDA graph launches them all at once. It runs the same kernels on the same numbers,
+so results are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mmdet3d.models.detectors.frame_plan import FramePlan
+from mmdet3d.structures import TemporalMemory
+
+logger = logging.getLogger(__name__)
+
+#: Frames of a kind that run one kernel after the other before their graph is recorded: libraries choose algorithms and
+#: reserve memory at first use, which a graph must not hold.
+EAGER_FRAMES = 2
+
+
+@dataclass
+class _Recording:
+    """A recorded frame: what to fill before it is replayed, and where it leaves its results."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor
+    plan: FramePlan
+    semantics: Tensor
+    flow: Tensor
+    memory: TemporalMemory
+
+
+class FrameRunner:
+    """Predicts frame after frame with a detector in evaluation mode.
+
+    The memory that a call returns stays valid until the second call after it: the runner alternates between two sets of
+    buffers. Pass ``memory.clone()`` to keep one for longer.
+
+    Args:
+        model: :class:`~mmdet3d.models.detectors.stcocc.STCOcc`, or what :func:`fast_copy` made of it; its weights must
+            stay where they are.
+        graphs: Record and replay CUDA graphs. Default: where the model is on a GPU. If recording fails, a warning says
+            why and the runner goes on without.
+        prepare: What makes the network's float images of what is passed as images, on the device (normalisation of
+            bytes, for example). Default: nothing.
+    """
+
+    def __init__(self, model: nn.Module, *, graphs: bool | None = None,
+                 prepare: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.graphs = self.device.type == "cuda" if graphs is None else graphs
+        if self.graphs and self.device.type != "cuda":
+            raise ValueError(f"graphs=True needs the model on a CUDA device, it is on {self.device}")
+        self.prepare = prepare or (lambda images: images)
+        self.dtype: torch.dtype | None = getattr(model, "inference_dtype", None)
+        self._seen: dict[Hashable, int] = {}
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._sides: list[TemporalMemory] = []
+        self._side = 0
+        self._latest: TemporalMemory | None = None
+        self._pool = None
+
+    @torch.inference_mode()
+    def __call__(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping],
+                 memory: TemporalMemory | None = None) -> tuple[Tensor, Tensor, TemporalMemory | None]:
+        """Occupancy and flow of a frame.
+
+        Args:
+            img_inputs: As :meth:`STCOcc.run` takes them; images on any device, matrices best on the CPU.
+            img_metas: One dict per sample.
+            memory: What the call for the frame before returned; None at first.
+
+        Returns:
+            Classes uint8 [B, X, Y, Z]; flow float16 [B, X, Y, Z, 2] in m/s; both on the model's device, which is not
+            waited for. The memory for the next frame.
+
+        Raises:
+            ValueError: inputs or memory do not fit.
+        """
+        if self.model.training:
+            raise ValueError("the model is in training mode; call model.eval() first")
+        images = img_inputs[0]
+        stand_in = torch.empty(1, device=self.device).expand(images.shape)  # the plan reads shape and device
+        plan = self.model.plan((stand_in, *img_inputs[1:]), img_metas, memory)
+        if not self.graphs or memory is None or any(plan.meta.starts):
+            return self._eager(images, plan, memory)
+        kind = (plan.signature, tuple(images.shape), images.dtype)
+        self._seen[kind] = self._seen.get(kind, 0) + 1
+        if self._seen[kind] <= EAGER_FRAMES:
+            return self._eager(images, plan, memory)
+        return self._replay(kind, images, plan, memory)
+
+    def _eager(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None):
+        return self._compute(images.to(self.device, non_blocking=True), plan.to(self.device), memory)
+
+    def _compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None, **buffers: Sequence[Tensor]
+                 ) -> tuple[Tensor, Tensor, TemporalMemory | None]:
+        # Without its cache autocast converts what is left to convert again in each frame, as a graph must.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            prediction, _ = self.model.compute(self.prepare(images), plan, memory, **buffers)
+        return *self.model.outputs(prediction), prediction.memory
+
+    def _replay(self, kind: Hashable, images: Tensor, plan: FramePlan, memory: TemporalMemory):
+        if memory is not self._latest:
+            self._take_in(memory)
+        recording = self._recordings.get((kind, self._side))
+        if recording is None:
+            try:
+                recording = self._record(images, plan)
+            except RuntimeError as error:
+                logger.warning("CUDA graphs are off, because a frame could not be recorded: %s", error)
+                self.graphs = False
+                torch.cuda.synchronize(self.device)
+                return self._eager(images, plan, memory)
+            self._recordings[kind, self._side] = recording
+        recording.images.copy_(images, non_blocking=True)
+        recording.plan.load(plan)
+        recording.graph.replay()
+        self._side = 1 - self._side
+        self._latest = self._with_host_entries(self._sides[self._side], plan)
+        return recording.semantics.clone(), recording.flow.clone(), self._latest
+
+    def _take_in(self, memory: TemporalMemory) -> None:
+        """Make ``memory`` what the next recording reads."""
+        if not self._fits(memory):
+            self._recordings.clear()
+            self._sides = [memory.clone(), memory.clone()]
+            self._side = 0
+        else:
+            _copy_memory(self._sides[self._side], memory)
+        self._latest = memory
+
+    def _fits(self, memory: TemporalMemory) -> bool:
+        return bool(self._sides) and [t.shape for t in _tensors(memory)] == [t.shape for t in _tensors(self._sides[0])]
+
+    def _record(self, images: Tensor, plan: FramePlan) -> _Recording:
+        source, target = self._sides[self._side], self._sides[1 - self._side]
+        buffer = torch.empty(images.shape, dtype=images.dtype, device=self.device)
+        fixed = plan.to(self.device)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            semantics, flow, memory = self._compute(buffer, fixed, source, histories_out=target.histories)
+            _copy_memory(target, memory)
+        self._pool = self._pool or graph.pool()
+        return _Recording(graph, buffer, fixed, semantics, flow, target)
+
+    @staticmethod
+    def _with_host_entries(memory: TemporalMemory, plan: FramePlan) -> TemporalMemory:
+        """``memory`` with what the host knows of the frame."""
+        features = memory.features
+        if features is not None:
+            features = replace(features, keys=tuple(keys[:2] for keys in plan.meta.image_keys), sweep=plan.key_sweep)
+        return replace(memory, bda=plan.bda, sequence_ids=torch.tensor(plan.meta.sequence_ids),
+                       ego_translation=plan.meta.ego_translation, features=features)
+
+
+def _tensors(memory: TemporalMemory) -> list[Tensor]:
+    """The tensors of a memory that lie on the device."""
+    cache = memory.features
+    features = () if cache is None else (cache.stereo, cache.neck, cache.matching)
+    return [*memory.histories, *(tensor for tensor in features if tensor is not None)]
+
+
+def _copy_memory(target: TemporalMemory, source: TemporalMemory) -> None:
+    """Copy what lies on the device, but for what is there already."""
+    for to, tensor in zip(_tensors(target), _tensors(source), strict=True):
+        if to.data_ptr() != tensor.data_ptr():
+            to.copy_(tensor)

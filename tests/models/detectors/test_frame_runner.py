@@ -1,0 +1,134 @@
+"""Frame after frame: recorded frames equal those that run kernel by kernel, and memories come and go."""
+
+import pytest
+import tiny_model as tiny
+import torch
+
+from mmdet3d.models.detectors.fast_mode import fast_copy
+from mmdet3d.models.detectors.frame_runner import EAGER_FRAMES, FrameRunner
+
+STEPS = 7
+
+
+def frames(starts=(0,), batch=1, steps=STEPS, keys=True):
+    """Consecutive samples; a new sequence begins at each of ``starts``."""
+    samples, sequence = [], 0
+    for step in range(steps):
+        sequence += step in starts
+        inputs, metas = tiny.frame(step, starts=[step in starts] * batch, sequences=(sequence, sequence + 50),
+                                   batch=batch)
+        inputs[5] = torch.eye(4).repeat(batch, 1, 1)
+        if keys:  # pictures of every sample are new: nothing is shared, but features are kept
+            for b, meta in enumerate(metas):
+                meta["image_keys"] = tuple((b, step, frame) for frame in range(3))
+        samples.append((inputs, metas))
+    return samples
+
+
+def run(predictor, samples, device, memory=None):
+    """Classes, flows and the last memory."""
+    results = []
+    for inputs, metas in samples:
+        inputs = [inputs[0].to(device), *inputs[1:]]
+        torch.manual_seed(0)  # of the flow head's noise
+        semantics, flow, memory = predictor(inputs, metas, memory)
+        results.append((semantics.clone(), flow.clone()))
+    return results, memory
+
+
+def assert_equal(mine, theirs):
+    for (semantics, flow), (expected, expected_flow) in zip(mine, theirs, strict=True):
+        assert torch.equal(semantics, expected) and torch.equal(flow, expected_flow)
+
+
+@pytest.fixture
+def model(device):
+    return tiny.build().to(device)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_runner_predicts_what_the_model_does(model, device, batch):
+    samples = frames(starts=(0, 5), batch=batch)
+    with torch.inference_mode():
+        expected, memory = run(model.predict_tensors, samples, device)
+    results, mine = run(FrameRunner(model), samples, device)
+    assert_equal(results, expected)
+    for history, other in zip(mine.histories, memory.histories, strict=True):
+        assert torch.equal(history, other)
+    assert torch.equal(mine.bda, memory.bda) and mine.features.keys == memory.features.keys
+
+
+def test_the_pictures_can_come_as_bytes(model, device):
+    inputs, metas = frames(steps=1)[0]
+    inputs = [(inputs[0] * 40 + 100).clamp(0, 255).to(torch.uint8), *inputs[1:]]
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        expected = model.predict_tensors([(inputs[0] / 50).to(device), *inputs[1:]], metas)
+    torch.manual_seed(0)
+    result = FrameRunner(model, prepare=lambda images: images / 50)(inputs, metas)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+
+
+def test_a_model_in_training_is_refused(model):
+    with pytest.raises(ValueError, match="call model.eval"):
+        FrameRunner(model.train())(*frames(steps=1)[0])
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="graphs=True needs the model on a CUDA device, it is on cpu"):
+        FrameRunner(tiny.build(), graphs=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("keys", [True, False])
+def test_frames_are_recorded_and_replayed(keys):
+    model, samples = tiny.build().cuda(), frames(starts=(0, 6), steps=9, keys=keys)
+    runner = FrameRunner(model)
+    results, _ = run(runner, samples, "cuda")
+    assert runner.graphs and len(runner._recordings) == 2  # one in each direction
+    assert_equal(results, run(FrameRunner(model, graphs=False), samples, "cuda")[0])
+
+
+@pytest.mark.cuda
+def test_a_memory_from_elsewhere_is_taken_in():
+    model, samples = tiny.build().cuda(), frames(steps=8)
+    runner = FrameRunner(model)
+    half = EAGER_FRAMES + 2
+    _, memory = run(runner, samples[:half], "cuda")
+    kept = memory.clone()
+    first, _ = run(runner, samples[half:], "cuda", memory)
+    again, _ = run(runner, samples[half:], "cuda", kept)
+    assert_equal(again, first)
+
+
+@pytest.mark.cuda
+def test_a_frame_never_waits_for_the_device():
+    model, samples = tiny.build().cuda(), frames(steps=4)
+    memory = None
+    for inputs, metas in samples:
+        images = inputs[0].cuda()
+        plan = model.plan([images, *inputs[1:]], metas, memory).to("cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.inference_mode():
+                prediction, _ = model.compute(images, plan, memory)
+                model.outputs(prediction)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        memory = prediction.memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_fast_mode_agrees_mostly(model, device, dtype):
+    samples = frames(steps=4)
+    exact, _ = run(FrameRunner(model), samples, device)
+    fast, _ = run(FrameRunner(fast_copy(model, dtype)), samples, device)
+    same = torch.stack([(a[0] == b[0]).float().mean() for a, b in zip(exact, fast, strict=True)])
+    assert same.mean() > 0.9
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"dtype must be torch.float16 or torch.bfloat16, got torch.float64"):
+        fast_copy(tiny.build(), torch.float64)
