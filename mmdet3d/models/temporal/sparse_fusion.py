@@ -8,13 +8,45 @@ import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from mmdet3d.models.temporal.volume_warp import gather_rows, previous_index_from_index, trilinear_taps
+from mmdet3d.models.temporal.volume_warp import gather_rows, previous_index_from_index
+from mmdet3d.ops.history_warp import history_warp, trilinear_taps
 from mmdet3d.registry import HEADS
 from mmdet3d.structures import VoxelGrid
+from mmdet3d.utils.precision import full_precision
 
 
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, out_features), nn.Softplus(), nn.Linear(out_features, out_features))
+
+
+def _mlp_of_parts(mlp: nn.Sequential, parts: Sequence[Tensor], fresh: Tensor | None = None) -> Tensor:
+    """``mlp(cat(parts, 1))`` without the concatenation.
+
+    Args:
+        mlp: Linear layer, activation, linear layer.
+        parts: [N, F_i] columns of the input; history first, current features and embedding last.
+        fresh: [N, C] zeros that stand for each of the history's slots in the backward pass, or None.
+    """
+    linear = mlp[0]
+    device = linear.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
+    weights = linear.weight.split([part.shape[1] for part in parts], 1)
+    products = list(zip(parts, weights, strict=True))
+    if fresh is not None:
+        history = torch.cat(weights[:-2], 1).detach()
+        products.append((fresh, history.unflatten(1, (-1, fresh.shape[1])).sum(1)))
+    return mlp[2](mlp[1](_sum_of_products(products, linear.bias, dtype)))
+
+
+@full_precision
+def _sum_of_products(products: Sequence[tuple[Tensor, Tensor]], bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, H] ``bias`` plus all rows [N, F_i] times their weights [H, F_i], computed in ``dtype``."""
+    total = None
+    for rows, weight in products:
+        rows, weight = rows.to(dtype), weight.to(dtype).T
+        # In place: the backward pass of a product does not ask what it was added to.
+        total = torch.addmm(bias.to(dtype), rows, weight) if total is None else total.addmm_(rows, weight)
+    return total
 
 
 @HEADS.register_module()
@@ -48,11 +80,12 @@ class SparseFusion(BaseModule):
         self.history_fusion_bg_linear = _mlp(channels * (history_num // 2 + 1) + occ_embedims, channels)
 
     def forward(self, volume: Tensor, logits: Tensor, occupied: Tensor, history: Tensor | None, grid: VoxelGrid,
-                starts: Sequence[bool], index_matrix: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
+                starts: Sequence[bool], index_matrix: Tensor, top_k: int | None = None,
+                history_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fuse a volume with its history.
 
         Args:
-            volume: [B, C, Z, Y, X] current features.
+            volume: [B, C, Z, Y, X] current features; not copied if it is channels-last.
             logits: [B, X, Y, Z, K] detached stage logits.
             occupied: [B, Z, Y, X] occupied probability of the stage.
             history: [B, V, T * C] of the previous frame, see :class:`TemporalMemory`; None before the first frame.
@@ -61,28 +94,31 @@ class SparseFusion(BaseModule):
             index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume, see
                 :func:`previous_index_from_index` and :meth:`index_matrix`.
             top_k: Number of foreground voxels, instead of the constructor's.
+            history_out: Contiguous [B, V, T * C] to write the new history to, in memory of its own; only without
+                gradients. None for a new tensor.
 
         Returns:
-            The fused volume [B, C, Z, Y, X], and the new history [B, V, T * C] without gradient. Where a sequence
-            starts, the history is the current volume, with gradient, in every slot.
+            The fused volume [B, C, Z, Y, X], channels-last in memory, and the new history [B, V, T * C] without
+            gradient. Where a sequence starts, the history is the current volume, with gradient, in every slot.
 
         Raises:
-            ValueError: the grid has fewer than ``top_k`` voxels.
+            ValueError: the grid has fewer than ``top_k`` voxels, or ``history_out`` is given while gradients are
+                recorded or does not fit.
         """
         top_k = self.top_k if top_k is None else top_k
         if top_k > grid.num_voxels:
             raise ValueError(f"top_k={top_k} exceeds the {grid.num_voxels} voxels of the stage")
-        current = volume.flatten(2).transpose(1, 2)  # [B, V, C]
-        embedding = self.occ_embedding(logits.permute(0, 3, 2, 1, 4).flatten(1, 3))
-        fused, histories = [], []
-        for b, start in enumerate(starts):
-            past = self._past(current[b], None if history is None else history[b], start)
-            sampled = self._sample(past, index_matrix[b], grid.size_zyx)
-            out = self._fuse(current[b], sampled, embedding[b], occupied[b].flatten(), top_k)
-            fused.append(out)
-            histories.append(torch.cat([out.detach().to(sampled.dtype), sampled.detach()[:, : -self.channels]], 1))
-        output = torch.stack(fused).transpose(1, 2).unflatten(2, grid.size_zyx)
-        return output, torch.stack(histories) if len(histories) > 1 else histories[0][None]
+        if history_out is not None and (torch.is_grad_enabled() or not history_out.is_contiguous()):
+            raise ValueError("history_out must be contiguous and needs torch.no_grad(): a backward pass may still need "
+                             "what is in it")
+        current = volume.flatten(2).transpose(1, 2).contiguous()  # [B, V, C]
+        embedding = self.occ_embedding(logits.permute(0, 3, 2, 1, 4).flatten(0, 3))
+        foreground, background = self._select(occupied.flatten(1), top_k)
+        new, oldest = self._warp(current, history, grid.size_zyx, starts, index_matrix, foreground, history_out)
+        fresh = self._restart_gradient(current, grid.size_zyx, starts, index_matrix)
+        output = self._fuse(current, new, oldest, embedding, fresh, foreground, background)
+        new[:, :, 0] = output.detach()
+        return output.transpose(1, 2).unflatten(2, grid.size_zyx), new.flatten(2)
 
     def index_matrix(self, grid: VoxelGrid, starts: Sequence[bool], bda: Tensor, previous_bda: Tensor | None,
                      previous_ego_from_ego: Tensor) -> Tensor:
@@ -103,28 +139,63 @@ class SparseFusion(BaseModule):
         return previous_index_from_index(grid, previous_bda, previous_ego_from_ego, bda, self.corner_origin)
 
     @staticmethod
-    def _past(current: Tensor, history: Tensor | None, start: bool) -> Tensor:
-        """History rows [V, T * C], or [V, C] when all slots are equal because there is no past."""
-        if start:
-            return current
-        return current.detach() if history is None else history
+    @torch.no_grad()
+    def _select(occupied: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Foreground [B, top_k] and background [B, V - top_k] voxels for the occupied probability [B, V].
 
-    def _sample(self, past: Tensor, matrix: Tensor, size_zyx: tuple[int, int, int]) -> Tensor:
-        """[V, T * C] past in the current frame."""
-        sampled = gather_rows(past, trilinear_taps(matrix, size_zyx))
-        return sampled if past.shape[1] > self.channels else sampled.repeat(1, self.history_num)
+        Two separate selections, as in the reference: with ties at the boundary a voxel may be in both or in neither.
+        """
+        foreground = occupied.topk(top_k, sorted=False).indices
+        return foreground, (1 - occupied).topk(occupied.shape[1] - top_k, sorted=False).indices
 
-    def _fuse(self, current: Tensor, sampled: Tensor, embedding: Tensor, occupied: Tensor, top_k: int
-              ) -> Tensor:
-        """[V, C] fused features of one sample."""
-        newest = self.channels * (self.history_num // 2)
-        # Two separate selections, as in the reference: with ties at the boundary a voxel may be in both or in neither.
-        foreground = occupied.topk(top_k).indices
-        background = (1 - occupied).topk(len(occupied) - top_k).indices
-        groups = ((foreground, sampled, self.history_fusion_linear),
-                  (background, sampled[:, :newest], self.history_fusion_bg_linear))
-        output = current
-        for index, past, mlp in groups:
-            update = mlp(torch.cat([past[index], current[index], embedding[index]], 1))
-            output = output.index_add(0, index, update.to(output.dtype))
-        return output
+    @torch.no_grad()
+    def _warp(self, current: Tensor, history: Tensor | None, size_zyx: tuple[int, int, int], starts: Sequence[bool],
+              index_matrix: Tensor, foreground: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """New history [B, V, T, C], slot 0 to be filled, and what leaves it, at the foreground voxels [B, K, C]."""
+        slots = (self.history_num, self.channels)
+        dtype = torch.promote_types(current.dtype, torch.float32) if history is None else history.dtype
+        own = current.detach().to(dtype)[:, :, None].expand(-1, -1, *slots)  # its own past: one volume for all slots
+        new = own.new_empty(own.shape) if out is None else out.unflatten(2, slots)
+        if history is None or all(starts):
+            return history_warp(own, index_matrix, size_zyx, oldest_at=foreground, out=new)
+        past = history.unflatten(2, slots)
+        if not any(starts):
+            return history_warp(past, index_matrix, size_zyx, oldest_at=foreground, out=new)
+        oldest = []
+        for b, start in enumerate(starts):
+            one = slice(b, b + 1)
+            oldest.append(history_warp(own[one] if start else past[one], index_matrix[one], size_zyx,
+                                       oldest_at=foreground[one], out=new[one])[1])
+        return new, torch.cat(oldest)
+
+    @staticmethod
+    def _restart_gradient(current: Tensor, size_zyx: tuple[int, int, int], starts: Sequence[bool],
+                          index_matrix: Tensor) -> Tensor | None:
+        """[B * V, C] zeros with the gradient of a slot of the warped history: where a sequence starts, current's own.
+
+        The values themselves come from the new history, as in every frame. None where no gradient is asked for.
+        """
+        if not (torch.is_grad_enabled() and current.requires_grad and any(starts)):
+            return None
+        slots = [gather_rows(rows, trilinear_taps(matrix, size_zyx)) if start else torch.zeros_like(rows)
+                 for rows, matrix, start in zip(current, index_matrix, starts, strict=True)]
+        return torch.cat([slot - slot.detach() for slot in slots])
+
+    def _fuse(self, current: Tensor, new: Tensor, oldest: Tensor, embedding: Tensor, fresh: Tensor | None,
+              foreground: Tensor, background: Tensor) -> Tensor:
+        """[B, V, C] fused features. Arguments as the other methods return them; ``current`` is [B, V, C]."""
+        batch, voxels, channels = current.shape
+        rows = current.flatten(0, 1)
+        # Read through `data`, for autograd another tensor: slot 0, not read here, is written while the others are still
+        # needed for the gradients of the weights.
+        slots = new.data.flatten(2).flatten(0, 1)  # [B * V, T * C]
+        newest = channels * (self.history_num // 2)
+        update = _mlp_of_parts(self.history_fusion_bg_linear, (slots[:, channels : channels + newest], rows, embedding),
+                               fresh)
+        chosen = torch.zeros_like(current[..., 0]).scatter_(1, background, 1)
+        output = torch.addcmul(rows, chosen.view(-1, 1), update.to(rows.dtype))
+        index = (foreground + torch.arange(0, batch * voxels, voxels, device=foreground.device)[:, None]).flatten()
+        past, here, embedded = (part.index_select(0, index) for part in (slots[:, channels:], rows, embedding))
+        update = _mlp_of_parts(self.history_fusion_linear, (past, oldest.flatten(0, 1), here, embedded),
+                               None if fresh is None else fresh.index_select(0, index))
+        return output.index_add(0, index, update.to(rows.dtype)).unflatten(0, (batch, voxels))

@@ -41,39 +41,13 @@ def previous_index_from_index(grid: VoxelGrid, previous_bda: Tensor, previous_eg
 
 
 @full_precision
-def trilinear_taps(matrix: Tensor, size_zyx: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The eight voxels, and their weights, that each voxel of a warped volume is interpolated from.
+def gather_rows(rows: Tensor, taps: tuple[Tensor, Tensor]) -> Tensor:
+    """[V, F] weighted sums of rows [V, F], differentiable in ``rows``.
 
     Args:
-        matrix: [4, 4] target voxel index -> source voxel index.
-        size_zyx: (Z, Y, X) of both volumes.
-
-    Returns:
-        Flat source indices [V, 8] int64 and weights [V, 8]. A tap outside the volume has weight 0 (and some valid
-        index), so that space beyond the volume counts as zeros.
+        rows: [V, F] features of the voxels.
+        taps: Indices and weights [V, 8] of :func:`mmdet3d.ops.history_warp.trilinear_taps`.
     """
-    num_z, num_y, num_x = size_zyx
-    axes = [torch.arange(n, device=matrix.device, dtype=matrix.dtype) for n in size_zyx]
-    z, y, x = torch.meshgrid(*axes, indexing="ij")
-    target = torch.stack([x, y, z, torch.ones_like(x)], -1).flatten(0, 2)  # [V, 4]
-    source = target @ matrix[:3].T  # [V, 3] (x, y, z)
-    low = source.floor()
-    fraction = source - low
-    index, weight = source.new_zeros(1, dtype=torch.long), source.new_ones(1)
-    # Nested from z to x, so that index = (z * Y + y) * X + x.
-    for axis, count in ((2, num_z), (1, num_y), (0, num_x)):
-        position = torch.stack([low[:, axis], low[:, axis] + 1], -1)  # [V, 2]
-        share = torch.stack([1 - fraction[:, axis], fraction[:, axis]], -1)
-        share = torch.where((position >= 0) & (position < count), share, 0)
-        position = position.clamp(0, count - 1).long()
-        index = (index[..., None] * count + position[:, None]).flatten(1)
-        weight = (weight[..., None] * share[:, None]).flatten(1)
-    return index, weight
-
-
-@full_precision
-def gather_rows(rows: Tensor, taps: tuple[Tensor, Tensor]) -> Tensor:
-    """Weighted sums of rows [V, F] for taps [V, 8] of :func:`trilinear_taps`: [V, F], differentiable in ``rows``."""
     index, weight = taps
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return F.embedding_bag(index, rows, per_sample_weights=weight.to(rows.dtype), mode="sum")

@@ -202,3 +202,98 @@ def test_published_shapes():
         "history_fusion_linear.0.weight": (96, 1664), "history_fusion_linear.2.weight": (96, 96),
         "history_fusion_bg_linear.0.weight": (96, 896), "history_fusion_bg_linear.2.weight": (96, 96)}
     assert len(state) == 12
+
+
+def test_gradients_of_the_weights_with_restarts():
+    """The history is one buffer, whose newest slot is written after the others were read for the gradients."""
+    module = make()
+    literal = LiteralFusion(module, GRID)
+    mine, theirs = 0, 0
+    for step, (inputs, output, _) in enumerate(run(module, len(STEPS))):
+        starts, ids, _ = STEPS[step]
+        expected = literal(inputs["volume"], inputs["logits"], inputs["occupied"], ids, starts, inputs["bda"],
+                           inputs["previous_ego_from_ego"])
+        mine, theirs = mine + output.square().sum(), theirs + expected.square().sum()
+    gradients = [torch.autograd.grad(loss, list(module.parameters())) for loss in (mine, theirs)]
+    for got, wanted in zip(*gradients, strict=True):
+        assert wanted.any()
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def one_step(module, device="cpu", history=None, starts=(False, True), **options):
+    inputs = {name: value.to(device) for name, value in step_inputs(1).items()}
+    return fuse(module, **inputs, history=history, starts=starts, previous_bda=inputs["bda"], **options)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("starts", [(False, False), (False, True), (True, True)])
+def test_cuda_equals_cpu(starts):
+    module, history = make(), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS)
+    expected = one_step(module, history=history, starts=starts)
+    gradients = torch.autograd.grad(expected[0].square().sum(), list(module.parameters()))
+    module.cuda()
+    results = one_step(module, "cuda", history.cuda(), starts)
+    for got, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), wanted, atol=2e-5, rtol=1e-4)
+    for got, wanted in zip(torch.autograd.grad(results[0].square().sum(), list(module.parameters())), gradients,
+                           strict=True):
+        torch.testing.assert_close(got.cpu(), wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_the_caller_can_bring_the_memory_of_the_new_history(device):
+    module, history = make().to(device), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS, device=device)
+    buffer = torch.full_like(history, 7)
+    with torch.no_grad():
+        expected, expected_history = one_step(module, device, history)
+        output, new = one_step(module, device, history, history_out=buffer)
+        assert new.data_ptr() == buffer.data_ptr()
+        assert torch.equal(output, expected) and torch.equal(new, expected_history)
+        with pytest.raises(ValueError, match="history_out must be contiguous"):
+            one_step(module, device, history, history_out=buffer.mT)
+        with pytest.raises(ValueError, match="out must not share memory with history"):
+            one_step(module, device, history, history_out=history)
+    with pytest.raises(ValueError, match="needs torch.no_grad"):
+        one_step(module, device, history, history_out=buffer)
+
+
+def test_memory_formats(device):
+    """A channels-last volume is not copied, and the result is one."""
+    module = make().to(device)
+    inputs = {name: value.to(device) for name, value in step_inputs(1).items()}
+    expected, _ = one_step(module, device)
+    inputs["volume"] = inputs["volume"].contiguous(memory_format=torch.channels_last_3d)
+    output, _ = fuse(module, **inputs, history=None, starts=(False, True), previous_bda=inputs["bda"])
+    assert torch.equal(output, expected) and output.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_history_in_half_precision_stays_so(device, dtype):
+    module, history = make().to(device), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS, device=device)
+    expected, expected_history = one_step(module, device, history.to(dtype).float())
+    output, new = one_step(module, device, history.to(dtype))
+    assert new.dtype == dtype and output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(new.float(), expected_history, atol=3e-2, rtol=3e-2)
+
+
+def test_autocast(device):
+    module, history = make().to(device), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS, device=device)
+    expected, expected_history = one_step(module, device, history)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output, new = one_step(module, device, history)
+    assert output.dtype == new.dtype == torch.float32 and not torch.equal(output, expected)
+    torch.testing.assert_close(output, expected, atol=5e-2, rtol=5e-2)
+    torch.testing.assert_close(new[..., CHANNELS:], expected_history[..., CHANNELS:], atol=1e-6, rtol=1e-6)
+    output.square().sum().backward()
+    assert all(weight.grad.dtype == torch.float32 for weight in module.parameters())
+
+
+def test_no_copy_of_the_history_is_kept_for_the_gradients():
+    module = SparseFusion(3, 16, 8, CLASSES, occ_embedims=3)
+    inputs, history, kept = step_inputs(1), torch.randn(BATCH, VOXELS, 16 * 8), {}
+    inputs["volume"] = torch.randn(BATCH, 8, *SIZE, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+        _, new = fuse(module, **inputs, history=history, starts=(False, False), previous_bda=inputs["bda"])
+    own = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    own.pop(new.untyped_storage().data_ptr())
+    assert sum(own.values()) < new.untyped_storage().nbytes()

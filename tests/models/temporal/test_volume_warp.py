@@ -10,8 +10,8 @@ from mmdet3d.models.temporal.volume_warp import (
     gather_rows,
     metric_from_index,
     previous_index_from_index,
-    trilinear_taps,
 )
+from mmdet3d.ops.history_warp import trilinear_taps
 from mmdet3d.structures import VoxelGrid
 
 SIZE = (3, 4, 6)  # (Z, Y, X)
