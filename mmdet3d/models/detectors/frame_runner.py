@@ -64,7 +64,6 @@ class FrameRunner:
         self._recordings: dict[Hashable, _Recording] = {}
         self._sides: list[TemporalMemory] = []
         self._side = 0
-        self._latest: TemporalMemory | None = None
         self._pool = None
 
     @torch.inference_mode()
@@ -108,7 +107,7 @@ class FrameRunner:
         return *self.model.outputs(prediction), prediction.memory
 
     def _replay(self, kind: Hashable, images: Tensor, plan: FramePlan, memory: TemporalMemory):
-        if memory is not self._latest:
+        if not self._in_place(memory):
             self._take_in(memory)
         recording = self._recordings.get((kind, self._side))
         if recording is None:
@@ -124,8 +123,8 @@ class FrameRunner:
         recording.plan.load(plan)
         recording.graph.replay()
         self._side = 1 - self._side
-        self._latest = self._with_host_entries(self._sides[self._side], plan)
-        return recording.semantics.clone(), recording.flow.clone(), self._latest
+        memory = self._with_host_entries(self._sides[self._side], plan)
+        return recording.semantics.clone(), recording.flow.clone(), memory
 
     def _take_in(self, memory: TemporalMemory) -> None:
         """Make ``memory`` what the next recording reads."""
@@ -135,7 +134,12 @@ class FrameRunner:
             self._side = 0
         else:
             _copy_memory(self._sides[self._side], memory)
-        self._latest = memory
+
+    def _in_place(self, memory: TemporalMemory) -> bool:
+        """Whether ``memory`` lies where the next recording reads, as what the runner returned last does."""
+        return self._fits(memory) and all(
+            mine.data_ptr() == theirs.data_ptr()
+            for mine, theirs in zip(_tensors(self._sides[self._side]), _tensors(memory), strict=True))
 
     def _fits(self, memory: TemporalMemory) -> bool:
         return bool(self._sides) and [t.shape for t in _tensors(memory)] == [t.shape for t in _tensors(self._sides[0])]
