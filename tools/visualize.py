@@ -64,7 +64,7 @@ def read_prediction(folder: Path, info: Mapping):
     from mmdet3d.datasets.metrics.files import read_arrays
 
     path = find_prediction(folder, info)
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, ("semantics", "pred", "flow"))
     semantics = arrays.get("semantics", arrays.get("pred"))
     if semantics is None or semantics.ndim != 3 or semantics.dtype.kind not in "iu":
         raise DataError(f"{path}: expected whole numbers 'semantics' of shape (X, Y, Z)")
