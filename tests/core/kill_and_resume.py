@@ -72,14 +72,14 @@ def unreadable_in(work_dir):
 def run(folder, kills, real=False, fresh=False, seed=0):
     """Returns what happened as a dict."""
     generator = random.Random(seed)
-    max_iters = 6 * kills if real else 10 * kills + 10
+    max_iters = 3 * kills if real else 10 * kills + 10
     options = {"small": not real, "interval": 1, "keep": 3, "workers": 1, "resume": "latest", "max_iters": max_iters}
     whole, parts = folder / "whole", folder / "parts"
     for work_dir in (whole, parts):
         work_dir.mkdir(parents=True)
     assert wait(launch(whole, options, fresh), timeout=1200) == 0
     result = {"kills": 0, "leftovers": 0, "iterations_when_killed": [], "unreadable": [], "max_iters": max_iters}
-    pause = 2.0 if real else 0.15
+    pause = 1.5 if real else 0.15
     while result["kills"] < kills:
         before = lines_of(parts)
         child = launch(parts, options, fresh)
