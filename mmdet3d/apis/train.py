@@ -108,7 +108,8 @@ def build_train_loader(cfg: Config, seed: int) -> DataLoader:
     """
     if "train" not in cfg.get("data", {}):
         raise ConfigError("data.train is missing")
-    options = {"workers_per_gpu": cfg.data.get("workers_per_gpu", 2), **cfg.data.get("train_dataloader", {})}
+    options = {"workers_per_gpu": cfg.data.get("workers_per_gpu", 2), "persistent_workers": False,
+               **cfg.data.get("train_dataloader", {})}
     options["samples_per_gpu"] = samples_per_gpu(cfg)
     check_keys(options, _LOADER_KEYS, "data.train_dataloader")
     dataset = build_dataset(cfg.data.train, place="data.train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -94,7 +95,9 @@ class TextLoggerHook(_IntervalLogger):
     def _append(self, runner: Any, line: Mapping[str, Any]) -> None:
         if runner.rank == 0:
             with open(self.json_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, default=_plain) + "\n")
+                finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                          for name, value in line.items()}  # JSON has neither NaN nor infinity
+                file.write(json.dumps(finite, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -65,10 +65,12 @@ def test_values_of_an_evaluation_are_marked(tmp_path, caplog):
     hook.before_run(runner)
     runner.mode = "val"
     runner._iter = 4
-    runner.log_buffer.output.update(RayIoU=0.25, samples=12)
+    runner.log_buffer.output.update(RayIoU=0.25, samples=12, mAVE=float("nan"))
     with caplog.at_level(logging.INFO):
         hook.log(runner)
-    assert caplog.records[-1].getMessage() == "Iter (val) [5]\tlr: 1.000e-04, RayIoU: 0.2500, samples: 12"
+    assert caplog.records[-1].getMessage() == "Iter (val) [5]\tlr: 1.000e-04, RayIoU: 0.2500, samples: 12, mAVE: nan"
+    line = json.loads((tmp_path / f"{runner.timestamp}.log.json").read_text().splitlines()[-1])
+    assert line["RayIoU"] == 0.25 and line["mAVE"] is None and line["mode"] == "val"
 
 
 class Writer:
