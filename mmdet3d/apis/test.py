@@ -40,12 +40,7 @@ def load_test_model(cfg: Config, checkpoint: str | os.PathLike, device: torch.de
         ConfigError: the config does not describe a model.
         CheckpointError: the checkpoint cannot be read or does not fit the model.
     """
-    model = init_model(cfg, checkpoint, device, allow_unsafe=allow_unsafe)
-    if fuse_conv_bn:
-        from mmdet3d.utils.fold_batch_norm import fold_batch_norm
-
-        model = fold_batch_norm(model)
-    return model
+    return init_model(cfg, checkpoint, device, allow_unsafe=allow_unsafe, fold=fuse_conv_bn)
 
 
 def evaluate_model(cfg: Config, model: nn.Module, options: EvaluatorOptions) -> Evaluation:

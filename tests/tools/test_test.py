@@ -93,6 +93,16 @@ def test_other_options_reach_the_evaluation(setting, tmp_path, capsys):
         capsys.readouterr().out)
 
 
+def test_folded_batch_norm_changes_roundings_only(plain, setting, tmp_path):
+    status, record = run(setting, tmp_path, "--fuse-conv-bn", "--out", str(tmp_path / "files"))
+    assert status == 0 and record["fuse_conv_bn"] is True
+    assert record["voxel_iou"]["miou"] == pytest.approx(plain[0]["voxel_iou"]["miou"], abs=0.1)
+    files = sorted(plain[1].rglob("*.npz"))
+    same = [np.mean(np.load(path)["semantics"] == np.load(tmp_path / "files" / path.relative_to(plain[1]))["semantics"])
+            for path in files]
+    assert min(same) > 0.99
+
+
 def test_format_only_compares_nothing(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, record = run(setting, tmp_path, "--format-only", "--eval", "bbox")

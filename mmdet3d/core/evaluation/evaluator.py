@@ -23,7 +23,7 @@ from mmdet3d.core.random_state import preserved_random_state
 from mmdet3d.datasets.loader import build_dataloader, to_device
 from mmdet3d.datasets.metrics.coverage import CoverageError
 from mmdet3d.datasets.samplers.sequence import distributed_place
-from mmdet3d.datasets.scoring import GroundTruthSource, SampleScore, SampleScorer, Summary, summarise
+from mmdet3d.datasets.scoring import GroundTruth, GroundTruthSource, SampleScore, SampleScorer, Summary, summarise
 from mmdet3d.models.heads.seeded_noise import sample_seed
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Evaluation:
                   "options": asdict(self.options)}
         if self.summary is not None:
             record.update(ray_iou=dict(self.summary.rays), voxel_iou=dict(self.summary.voxels),
-                          missing=list(self.summary.missing))
+                          moving=self.summary.moving, missing=list(self.summary.missing))
         return record
 
 
@@ -150,18 +150,22 @@ class Evaluator:
         return summary
 
     def _batches(self, model: nn.Module, device: torch.device) -> Iterator[list[SampleScore]]:
-        """Scores of one batch after the other."""
+        """Scores of one batch after the other, each computed while the model works on the next one."""
         scorer = SampleScorer(self.dataset.labels, cache=self.options.cache) if self.options.score else None
-        memory = SlotMemory(self.options.carry_over)
+        memory, lane = SlotMemory(self.options.carry_over), _Lane(device)
         quiet = distributed_place()[0] != 0 or not sys.stderr.isatty()
+        waiting: _Predicted | None = None
         with contextlib.ExitStack() as stack:
             files = None if self.options.out is None else stack.enter_context(PredictionFiles(self.options.out))
             for batch in tqdm(self.loader, unit="batch", disable=quiet, dynamic_ncols=True):
                 truths = take_ground_truth(batch)
                 semantics, flow, metas = self._predict(model, to_device(batch, device), memory)
-                yield [self._finish(metas[place], semantics[place], flow[place], scorer,
-                                    None if truths is None else truths[place], files)
-                       for place in range(len(metas))]
+                predicted = _Predicted(metas, semantics, flow, truths, lane.mark())
+                if waiting is not None:
+                    yield self._finish(waiting, lane, scorer, files)
+                waiting = predicted
+            if waiting is not None:
+                yield self._finish(waiting, lane, scorer, files)
 
     def _predict(self, model: nn.Module, batch: Mapping[str, Any], memory: SlotMemory
                  ) -> tuple[Tensor, Tensor, Sequence[Mapping]]:
@@ -175,13 +179,56 @@ class Evaluator:
         memory.after(after)
         return semantics, flow, metas
 
-    def _finish(self, meta: Mapping, semantics: Tensor, flow: Tensor, scorer: SampleScorer | None,
-                truth: Any, files: PredictionFiles | None) -> SampleScore:
-        if files is not None:
-            files.add(meta["scene_name"], meta["sample_idx"], semantics, flow)
-        if scorer is None:
-            return SampleScore(int(meta["index"]), meta["sample_idx"], {}, {})
-        return scorer(truth, semantics, flow)
+    @staticmethod
+    def _finish(batch: _Predicted, lane: _Lane, scorer: SampleScorer | None, files: PredictionFiles | None
+                ) -> list[SampleScore]:
+        """Write and score the predictions of a batch."""
+        scores = []
+        with lane.after(batch.mark):
+            for place, meta in enumerate(batch.metas):
+                semantics, flow = batch.semantics[place], batch.flow[place]
+                if files is not None:
+                    files.add(meta["scene_name"], meta["sample_idx"], semantics, flow)
+                scores.append(SampleScore(int(meta["index"]), meta["sample_idx"], {}, {}) if scorer is None
+                              else scorer(batch.truths[place], semantics, flow))
+        return scores
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """A batch whose predictions are to be scored, once the device has passed ``mark``."""
+
+    metas: Sequence[Mapping]
+    semantics: Tensor
+    flow: Tensor
+    truths: Sequence[GroundTruth] | None
+    mark: Any
+
+
+class _Lane:
+    """A stream of its own for scores on a GPU: to read counters back there does not wait for the next prediction.
+
+    Args:
+        device: Device of the model; on a CPU everything happens in turn.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> Any:
+        """The place that the model's stream has reached."""
+        return None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
+
+    @contextlib.contextmanager
+    def after(self, mark: Any) -> Iterator[None]:
+        """What is asked of the device inside happens after ``mark``, and is finished at the end."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            yield
+            self._stream.synchronize()  # before the memory of the predictions serves the model again
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from mmdet3d.core.evaluation import Evaluator, EvaluatorOptions
 from mmdet3d.core.evaluation.collection import exact_collection, published_collection
 from mmdet3d.core.evaluation.prediction_files import PredictionFiles
 from mmdet3d.datasets.metrics.coverage import CoverageError
-from mmdet3d.datasets.scoring import SampleScore, summarise
+from mmdet3d.datasets.scoring import GroundTruthSource, SampleScore, SampleScorer, summarise
 
 HERE = Path(__file__).resolve()
 INLINE = {"workers_per_gpu": 0}
@@ -191,6 +191,20 @@ def test_files_are_there_when_the_context_ends(tmp_path):
     assert sorted(path.name for path in (tmp_path / "scene").iterdir()) == [f"token-{n}.npz" for n in range(5)]
     with np.load(tmp_path / "scene/token-3.npz") as file:
         assert file["semantics"].shape == (2, 3, 4) and (file["semantics"] == 3).all()
+
+
+@pytest.mark.cuda
+def test_a_gpu_scores_what_it_predicted(data, tmp_path):
+    """Scores that are computed beside the next prediction are those of the files, scored on the CPU."""
+    on_gpu = case.model(data).to("cuda")
+    evaluation = evaluate(data, on_gpu, out=str(tmp_path), samples_per_gpu=2)
+    scorer, truth, scores = SampleScorer(data.labels), GroundTruthSource(data), []
+    for index, info in enumerate(data.data_infos):
+        with np.load(tmp_path / f"{'/'.join(info['occ_path'].split('/')[-2:])}.npz") as file:
+            arrays = torch.from_numpy(file["semantics"]), torch.from_numpy(file["flow"])
+        scores.append(scorer(truth[index], *arrays))
+    again = replace(evaluation, summary=summarise(scores, data.labels, tokens_of(data)))
+    assert numbers(again) == numbers(evaluation)
 
 
 # ---- bringing scores together ---------------------------------------------------------------------------------------
