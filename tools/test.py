@@ -152,6 +152,8 @@ def _options(args: argparse.Namespace, cfg):
 
 def report(evaluation, path: Path) -> None:
     """Print table and numbers."""
+    from mmdet3d.datasets.metrics.moving import format_moving
+
     options, summary = evaluation.options, evaluation.summary
     if summary is not None:
         print(summary.table())
@@ -159,6 +161,8 @@ def report(evaluation, path: Path) -> None:
         rays = summary.rays
         print(", ".join(f"{name} {rays[name]:.4f}" for name in ("RayIoU", "mAVE", "occ_score")),
               f"(mAVE over {rays['flow_rays']} rays); voxel mIoU {summary.voxels['miou']:.2f} %")
+        if summary.moving is not None and summary.moving["rays"]:
+            print(format_moving(summary.moving))
         if summary.missing:
             print(f"NOT ALL SAMPLES: {len(summary.missing)} were left out by --order published")
     rate = evaluation.samples / max(evaluation.seconds, 1e-9)

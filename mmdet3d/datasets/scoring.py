@@ -19,6 +19,7 @@ from mmdet3d.datasets.labels import LabelSet
 from mmdet3d.datasets.lidar_origins import LidarOrigins
 from mmdet3d.datasets.metrics.coverage import CoverageError
 from mmdet3d.datasets.metrics.hit_cache import HitCache
+from mmdet3d.datasets.metrics.moving import MOVING_SPEED, MovingRayMetric
 from mmdet3d.datasets.metrics.ray_iou import RayMetric
 from mmdet3d.datasets.metrics.ray_scores import format_table
 from mmdet3d.datasets.metrics.rays import LABEL_GRID
@@ -96,7 +97,7 @@ class SampleScore:
     Attributes:
         index: Number of the sample in its data set.
         token: Sample token.
-        rays: State of a :class:`RayMetric` that has seen this sample only.
+        rays: State of a :class:`RayMetric` that has seen this sample only, or of a :class:`MovingRayMetric`.
         voxels: The same of a :class:`VoxelMIoU`.
     """
 
@@ -134,12 +135,14 @@ class SampleScorer:
         labels: Label set.
         device: Where to compute; default: where the predictions are.
         cache: Folder that keeps where rays hit the ground truth.
+        moving_speed: Count flow errors of objects that are faster, in m/s, on their own as well, see
+            :class:`MovingRayMetric`; None: do not. Nothing else depends on it.
     """
 
     def __init__(self, labels: LabelSet, device: torch.device | str | None = None,
-                 cache: str | os.PathLike | None = None) -> None:
+                 cache: str | os.PathLike | None = None, moving_speed: float | None = MOVING_SPEED) -> None:
         self.labels = labels
-        self._rays = RayMetric(labels, device=device, cache=None if cache is None else HitCache(cache))
+        self._rays = _ray_metric(labels, moving_speed, device=device, cache=None if cache is None else HitCache(cache))
         self._voxels = VoxelMIoU(labels)
         self._empty = self._rays.state_dict(), self._voxels.state_dict()
 
@@ -204,6 +207,7 @@ class Summary:
         voxels: Result of :meth:`VoxelMIoU.result`.
         counters: States of both metrics, ``rays`` and ``voxels``.
         missing: Tokens of samples that were not evaluated.
+        moving: ``moving`` of :meth:`MovingRayMetric.result`; None if it was not counted.
     """
 
     labels: LabelSet
@@ -212,6 +216,7 @@ class Summary:
     voxels: Mapping[str, Any]
     counters: Mapping[str, Any]
     missing: tuple[str, ...] = ()
+    moving: Mapping[str, Any] | None = None
 
     @property
     def headline(self) -> dict[str, float]:
@@ -239,10 +244,11 @@ def summarise(scores: Sequence[SampleScore], labels: LabelSet, tokens: Sequence[
     Raises:
         CoverageError: a sample is missing, is there twice, or does not belong to the data set; lists them.
     """
-    totals = RayMetric(labels), VoxelMIoU(labels)
+    speed = scores[0].rays.get("moving", {}).get("speed") if scores else None
+    totals = _ray_metric(labels, speed), VoxelMIoU(labels)
     for score in scores:
-        for total, state in zip(totals, (score.rays, score.voxels), strict=True):
-            part = type(total)(labels)
+        for total, part, state in zip(totals, (_ray_metric(labels, speed), VoxelMIoU(labels)),
+                                      (score.rays, score.voxels), strict=True):
             part.load_state_dict(state)
             total.merge(part)
     rays, voxels = totals
@@ -250,8 +256,16 @@ def summarise(scores: Sequence[SampleScore], labels: LabelSet, tokens: Sequence[
     missing = tuple(token for token in tokens if token not in counted) if allow_missing else ()
     left_out = set(missing)
     rays.check_coverage([token for token in tokens if token not in left_out])
-    return Summary(labels, eval_metric, rays.result(), voxels.result(),
-                   {"rays": rays.state_dict(), "voxels": voxels.state_dict()}, missing)
+    result = rays.result()
+    moving = result.pop("moving", None)
+    return Summary(labels, eval_metric, result, voxels.result(),
+                   {"rays": rays.state_dict(), "voxels": voxels.state_dict()}, missing, moving)
+
+
+def _ray_metric(labels: LabelSet, moving_speed: float | None, **options: Any) -> RayMetric:
+    if moving_speed is None:
+        return RayMetric(labels, **options)
+    return MovingRayMetric(labels, moving_speed, **options)
 
 
 def first_results(results: Sequence[Mapping], num_samples: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -86,7 +86,7 @@ class Evaluation:
                   "options": asdict(self.options)}
         if self.summary is not None:
             record.update(ray_iou=dict(self.summary.rays), voxel_iou=dict(self.summary.voxels),
-                          missing=list(self.summary.missing))
+                          moving=self.summary.moving, missing=list(self.summary.missing))
         return record
 
 

@@ -273,7 +273,11 @@ class RayMetric:
     def _count(self, sample: int, grids: Tensor, origins: np.ndarray, pred_flow: Tensor | None,
                gt_flow: Tensor | None) -> None:
         """Add sample number ``sample`` to the counters of its device."""
-        voxel, distance = self._cast_both(grids, origins)
+        self._tally(sample, grids, *self._cast_both(grids, origins), pred_flow, gt_flow)
+
+    def _tally(self, sample: int, grids: Tensor, voxel: Tensor, distance: Tensor, pred_flow: Tensor | None,
+               gt_flow: Tensor | None) -> None:
+        """Add rays that were cast to the counters of their device."""
         ray_counts(self._place(grids.device).totals, grids, voxel, distance, pred_flow, gt_flow,
                    free_label=self.labels.free_index, flow_classes=self.labels.flow_classes, thresholds=THRESHOLDS,
                    flow_threshold=FLOW_THRESHOLD, sample=sample)
