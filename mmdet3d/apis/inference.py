@@ -17,6 +17,7 @@ from mmdet3d.datasets.infos import adjacent_offsets, load_infos
 from mmdet3d.datasets.labels import LabelSet, label_set, label_set_for
 from mmdet3d.datasets.pipelines.format import Frame, FrameSource
 from mmdet3d.utils.allocator import keep_freed_memory
+from mmdet3d.utils.transfer import to_numpy
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,8 @@ def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]],
     Args:
         model: Model of :func:`init_model`.
         frame: Frame of :func:`open_frames`, or (img_inputs, img_metas).
-        memory: What the call for the frame before gave; None for the first frame.
+        memory: What the call for the frame before gave; None for the first frame. On a GPU it stays valid until the
+            second call after it; keep ``memory.clone()`` to come back to it later.
 
     Returns:
         Result and the memory for the next frame. The result has ``occ_results`` uint8 [B, X, Y, Z] labels,
@@ -186,7 +188,22 @@ def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]],
         indices.
     """
     img_inputs, img_metas = (frame.img_inputs, frame.img_metas) if isinstance(frame, Frame) else frame
-    images, *matrices = img_inputs
-    with torch.inference_mode():
-        images = images.to(next(model.parameters()).device, non_blocking=True)
-        return model.predict([images, *matrices], img_metas, memory)
+    device = next(model.parameters()).device
+    if device.type != "cuda" or not hasattr(model, "compute"):  # a detector without a frame plan of its own
+        images, *matrices = img_inputs
+        with torch.inference_mode():
+            return model.predict([images.to(device), *matrices], img_metas, memory)
+    semantics, flow, memory = _runner(model)(img_inputs, img_metas, memory)
+    semantics, flow = to_numpy(semantics, flow)
+    return {"occ_results": semantics, "flow_results": flow,
+            "index": [meta.get("index") for meta in img_metas]}, memory
+
+
+def _runner(model: nn.Module) -> Any:
+    """The model's runner, made at its first frame, and again after it moved to another device."""
+    from mmdet3d.models.detectors.frame_runner import FrameRunner
+
+    runner = getattr(model, "frame_runner", None)
+    if runner is None or runner.model is not model or runner.device != next(model.parameters()).device:
+        runner = model.frame_runner = FrameRunner(model)
+    return runner

@@ -41,6 +41,11 @@ def fold_batch_norm(model: ModuleType, inplace: bool = False) -> ModuleType:
     return model
 
 
+def is_folded(model: nn.Module) -> bool:
+    """Whether :func:`fold_batch_norm` made this model."""
+    return any(isinstance(module, FusedConv) for module in model.modules())
+
+
 def _fold_children(module: nn.Module) -> None:
     if isinstance(module, nn.Sequential):
         _fold_sequence(module)

@@ -50,6 +50,8 @@ class FusedConv(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[M, C, ...] -> [M, C', ...]; ``residual`` [M, C', ...] is added before the ReLU."""
         weight, bias = self.weight, self.bias
+        if x.is_cuda and x.dim() == 5:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             weight, bias = self._in_dtype(dtype)
@@ -103,7 +105,11 @@ class FusedConv(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv:
         self._converted.clear()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.weight.is_cuda and self.weight.dim() == 5:
+            # cuDNN works with channels last, and would bring everything into that order at each call.
+            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        return self
 
     def train(self, mode: bool = True) -> FusedConv:
         """Stay in evaluation mode.

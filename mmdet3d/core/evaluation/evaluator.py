@@ -24,6 +24,7 @@ from mmdet3d.datasets.loader import build_dataloader, to_device
 from mmdet3d.datasets.metrics.coverage import CoverageError
 from mmdet3d.datasets.samplers.sequence import distributed_place
 from mmdet3d.datasets.scoring import GroundTruth, GroundTruthSource, SampleScore, SampleScorer, Summary, summarise
+from mmdet3d.models.detectors.frame_runner import FrameRunner
 from mmdet3d.models.heads.seeded_noise import sample_seed
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EvaluatorOptions:
         pairing: Whose lidar positions a sample is seen from, see :class:`~mmdet3d.datasets.lidar_origins.LidarOrigins`.
         scenes: ``scene.json``, for the pairing "index".
         cache: Folder that keeps where rays hit the ground truth.
+        graphs: CUDA graphs, see :class:`~mmdet3d.models.detectors.frame_runner.FrameRunner`; the result is the same.
     """
 
     samples_per_gpu: int = 1
@@ -60,6 +62,7 @@ class EvaluatorOptions:
     pairing: str = "token"
     scenes: str | None = None
     cache: str | None = None
+    graphs: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -153,13 +156,14 @@ class Evaluator:
         """Scores of one batch after the other, each computed while the model works on the next one."""
         scorer = SampleScorer(self.dataset.labels, cache=self.options.cache) if self.options.score else None
         memory, lane = SlotMemory(self.options.carry_over), _Lane(device)
+        runner = FrameRunner(model, graphs=self.options.graphs)
         quiet = distributed_place()[0] != 0 or not sys.stderr.isatty()
         waiting: _Predicted | None = None
         with contextlib.ExitStack() as stack:
             files = None if self.options.out is None else stack.enter_context(PredictionFiles(self.options.out))
             for batch in tqdm(self.loader, unit="batch", disable=quiet, dynamic_ncols=True):
                 truths = take_ground_truth(batch)
-                semantics, flow, metas = self._predict(model, to_device(batch, device), memory)
+                semantics, flow, metas = self._predict(runner, to_device(batch, device), memory)
                 predicted = _Predicted(metas, semantics, flow, truths, lane.mark())
                 if waiting is not None:
                     yield self._finish(waiting, lane, scorer, files)
@@ -167,7 +171,7 @@ class Evaluator:
             if waiting is not None:
                 yield self._finish(waiting, lane, scorer, files)
 
-    def _predict(self, model: nn.Module, batch: Mapping[str, Any], memory: SlotMemory
+    def _predict(self, runner: FrameRunner, batch: Mapping[str, Any], memory: SlotMemory
                  ) -> tuple[Tensor, Tensor, Sequence[Mapping]]:
         inputs, metas = batch["img_inputs"], batch["img_metas"]
         if not isinstance(inputs[0], Tensor):
@@ -175,7 +179,7 @@ class Evaluator:
         if self.options.noise_seed is not None:
             metas = [{**meta, "noise_seed": sample_seed(meta["sample_idx"], self.options.noise_seed)}
                      for meta in metas]
-        semantics, flow, after = model.predict_tensors(inputs, metas, memory.before(metas))
+        semantics, flow, after = runner(inputs, metas, memory.before(metas))
         memory.after(after)
         return semantics, flow, metas
 

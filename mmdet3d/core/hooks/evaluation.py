@@ -146,7 +146,7 @@ def build_evaluation_hook(cfg: Config) -> EvaluationHook:
     dataset = build_dataset(dataset_config, place="data.val")
     given = {key: options[key] for key in _OPTIONS if key in options}
     try:
-        evaluator = Evaluator(dataset, EvaluatorOptions(**{**loader, **given}), loader_settings(cfg))
+        evaluator = Evaluator(dataset, EvaluatorOptions(**{"graphs": False, **loader, **given}), loader_settings(cfg))
     except ValueError as error:
         raise ConfigError(f"evaluation: {error}") from error
     interval = _interval(options, (cfg.get("checkpoint_config") or {}).get("interval", -1))

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from mmdet3d.utils.fold_batch_norm import fold_batch_norm
+from mmdet3d.utils.fold_batch_norm import fold_batch_norm, is_folded
 
 HALF_LAYERS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 """What runs in half precision. Everything else keeps the precision that autocast gives it."""
@@ -30,7 +30,7 @@ def fast_copy(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module
     """
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
-    fast = fold_batch_norm(copy.deepcopy(model).eval())
+    fast = copy.deepcopy(model) if is_folded(model) else fold_batch_norm(model)
     for module in fast.modules():
         if isinstance(module, HALF_LAYERS):
             module.to(dtype)

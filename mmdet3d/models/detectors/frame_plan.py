@@ -87,7 +87,7 @@ class FramePlan:
         tree = (lifts, stages)
         tensors = _tensors(tree)
         offsets, size = _layout(tensors)
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
         views = _views(buffer, tensors, offsets)
         for view, tensor in zip(views, tensors, strict=True):
             view.copy_(tensor)

@@ -29,11 +29,9 @@ class _Recording:
     """A recorded frame: what to fill before it is replayed, and where it leaves its results."""
 
     graph: torch.cuda.CUDAGraph
-    images: Tensor
     plan: FramePlan
     semantics: Tensor
     flow: Tensor
-    memory: TemporalMemory
 
 
 class FrameRunner:
@@ -58,15 +56,16 @@ class FrameRunner:
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
         if self.graphs and self.device.type != "cuda":
             raise ValueError(f"graphs=True needs the model on a CUDA device, it is on {self.device}")
-        self.prepare = prepare or (lambda images: images)
+        self.prepare = prepare or _as_they_are
         self.dtype: torch.dtype | None = getattr(model, "inference_dtype", None)
         self._seen: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, _Recording] = {}
+        self._images: dict[Hashable, Tensor] = {}
         self._sides: list[TemporalMemory] = []
         self._side = 0
         self._pool = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping],
                  memory: TemporalMemory | None = None) -> tuple[Tensor, Tensor, TemporalMemory | None]:
         """Occupancy and flow of a frame.
@@ -85,19 +84,32 @@ class FrameRunner:
         """
         if self.model.training:
             raise ValueError("the model is in training mode; call model.eval() first")
-        images = img_inputs[0]
+        images = self._upload(img_inputs[0])  # in the background, while the host goes on
         stand_in = torch.empty(1, device=self.device).expand(images.shape)  # the plan reads shape and device
         plan = self.model.plan((stand_in, *img_inputs[1:]), img_metas, memory)
         if not self.graphs or memory is None or any(plan.meta.starts):
             return self._eager(images, plan, memory)
-        kind = (plan.signature, tuple(images.shape), images.dtype)
+        kind = (plan.signature, images.shape, images.dtype)
         self._seen[kind] = self._seen.get(kind, 0) + 1
         if self._seen[kind] <= EAGER_FRAMES:
             return self._eager(images, plan, memory)
         return self._replay(kind, images, plan, memory)
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles begin without recordings."""
+        return _make_runner, (self.model, self.graphs, self.prepare)
+
+    def _upload(self, images: Tensor) -> Tensor:
+        """The images on the device; with graphs in a buffer that stays, because recordings read it."""
+        if not self.graphs:
+            return images.to(self.device, non_blocking=True)
+        key = (images.shape, images.dtype)
+        if key not in self._images:
+            self._images[key] = torch.empty(images.shape, dtype=images.dtype, device=self.device)
+        return self._images[key].copy_(images, non_blocking=True)
+
     def _eager(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None):
-        return self._compute(images.to(self.device, non_blocking=True), plan.to(self.device), memory)
+        return self._compute(images, plan.to(self.device), memory)
 
     def _compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None, **buffers: Sequence[Tensor]
                  ) -> tuple[Tensor, Tensor, TemporalMemory | None]:
@@ -119,7 +131,6 @@ class FrameRunner:
                 torch.cuda.synchronize(self.device)
                 return self._eager(images, plan, memory)
             self._recordings[kind, self._side] = recording
-        recording.images.copy_(images, non_blocking=True)
         recording.plan.load(plan)
         recording.graph.replay()
         self._side = 1 - self._side
@@ -146,15 +157,14 @@ class FrameRunner:
 
     def _record(self, images: Tensor, plan: FramePlan) -> _Recording:
         source, target = self._sides[self._side], self._sides[1 - self._side]
-        buffer = torch.empty(images.shape, dtype=images.dtype, device=self.device)
         fixed = plan.to(self.device)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            semantics, flow, memory = self._compute(buffer, fixed, source, histories_out=target.histories)
+            semantics, flow, memory = self._compute(images, fixed, source, histories_out=target.histories)
             _copy_memory(target, memory)
         self._pool = self._pool or graph.pool()
-        return _Recording(graph, buffer, fixed, semantics, flow, target)
+        return _Recording(graph, fixed, semantics, flow)
 
     @staticmethod
     def _with_host_entries(memory: TemporalMemory, plan: FramePlan) -> TemporalMemory:
@@ -164,6 +174,14 @@ class FrameRunner:
             features = replace(features, keys=tuple(keys[:2] for keys in plan.meta.image_keys), sweep=plan.key_sweep)
         return replace(memory, bda=plan.bda, sequence_ids=torch.tensor(plan.meta.sequence_ids),
                        ego_translation=plan.meta.ego_translation, features=features)
+
+
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
+def _make_runner(model: nn.Module, graphs: bool, prepare: Callable[[Tensor], Tensor]) -> FrameRunner:
+    return FrameRunner(model, graphs=graphs, prepare=prepare)
 
 
 def _tensors(memory: TemporalMemory) -> list[Tensor]:

@@ -63,9 +63,9 @@ def test_the_pictures_can_come_as_bytes(model, device):
     inputs = [(inputs[0] * 40 + 100).clamp(0, 255).to(torch.uint8), *inputs[1:]]
     with torch.inference_mode():
         torch.manual_seed(0)
-        expected = model.predict_tensors([(inputs[0] / 50).to(device), *inputs[1:]], metas)
+        expected = model.predict_tensors([(inputs[0] / 64).to(device), *inputs[1:]], metas)
     torch.manual_seed(0)
-    result = FrameRunner(model, prepare=lambda images: images / 50)(inputs, metas)
+    result = FrameRunner(model, prepare=lambda images: images / 64)(inputs, metas)
     assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
 
 

@@ -31,24 +31,27 @@ struct alignas(16) Pack {
   scalar_t value[size];
 };
 
-// Channels that one lane holds at a time: 8, whatever the dtype. A warp holds 256.
+// Channels that one lane holds at a time, in the precision of the sums: 8, whatever the dtype. A warp holds 256.
 template <typename scalar_t>
 struct Held {
+  using acc_t = at::opmath_type<scalar_t>;
   static constexpr int packs = 8 / Pack<scalar_t>::size;
-  Pack<scalar_t> pack[packs];
+  acc_t value[8];
 
   // `from` points at the first of `channels` channels; what lies beyond them, or is not `present`, reads as 0.
   __device__ void load(const scalar_t* from, bool present, int64_t first, int64_t channels, int lane) {
 #pragma unroll
     for (int p = 0; p < packs; ++p) {
       const int64_t c = first + (p * kWarp + lane) * Pack<scalar_t>::size;
-      pack[p] = present && c < channels ? *reinterpret_cast<const Pack<scalar_t>*>(from + c) : Pack<scalar_t>{};
+      const auto pack = present && c < channels ? *reinterpret_cast<const Pack<scalar_t>*>(from + c) : Pack<scalar_t>{};
+#pragma unroll
+      for (int i = 0; i < Pack<scalar_t>::size; ++i) {
+        value[p * Pack<scalar_t>::size + i] = static_cast<acc_t>(pack.value[i]);
+      }
     }
   }
 
-  __device__ auto operator[](int i) const {
-    return static_cast<at::opmath_type<scalar_t>>(pack[i / Pack<scalar_t>::size].value[i % Pack<scalar_t>::size]);
-  }
+  __device__ acc_t operator[](int i) const { return value[i]; }
 };
 
 template <typename scalar_t>
@@ -86,41 +89,48 @@ template <typename acc_t>
 struct LanePosition {
   int index;  // see Position
   acc_t right, lower;
-};
+  // Of the four pixels around the position: the place of the upper left one in the map, which may lie beyond it, and a
+  // bit for each that is in the map (upper left, upper right, lower left, lower right).
+  int upper_left, present;
 
-// The four pixels around a position, which may lie beyond the map; upper left, upper right, lower left, lower right.
-template <typename scalar_t>
-struct Corners {
-  const scalar_t* pixel[4];
-  bool present[4];
-
-  __device__ Corners(const Maps<scalar_t>& maps, const scalar_t* map, int index) {
-    const int height = static_cast<int>(maps.height), width = static_cast<int>(maps.width);
-    const int top = index / (width + 2) - 1, left = index % (width + 2) - 1;  // see Position
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      const int row = top + corner / 2, column = left + corner % 2;
-      present[corner] = row >= 0 && row < height && column >= 0 && column < width;
-      pixel[corner] = map + (present[corner] ? (static_cast<int64_t>(row) * width + column) * maps.channels : 0);
-    }
+  __device__ LanePosition() : index(-1), right(0), lower(0), upper_left(0), present(0) {}
+  __device__ LanePosition(const Position<acc_t>& at, int height, int width)
+      : index(static_cast<int>(at.index)), right(at.right), lower(at.lower), upper_left(0), present(0) {
+    const int row = index / (width + 2) - 1, column = index % (width + 2) - 1;  // see Position
+    upper_left = row * width + column;
+    const int above = row >= 0 && row < height, below = row + 1 >= 0 && row + 1 < height;
+    const int left = column >= 0 && column < width, after = column + 1 >= 0 && column + 1 < width;
+    present = index < 0 ? 0 : (above & left) | (above & after) << 1 | (below & left) << 2 | (below & after) << 3;
   }
 };
 
-// This lane's share of the cost at one depth. `taps` holds the four pixels around `held_index`, and is renewed when
-// the position lies between others.
+// One of the four pixels around a position; pixels that are not in the map may not be read.
+template <typename scalar_t>
+__device__ const scalar_t* corner_pixel(const Maps<scalar_t>& maps, const scalar_t* map, int upper_left, int corner) {
+  const int offset = corner / 2 * static_cast<int>(maps.width) + corner % 2;
+  return map + static_cast<int64_t>(upper_left + offset) * maps.channels;
+}
+
+// This lane's share of the cost at the depth of lane `from`. `taps` holds the four pixels around `held_index`, and is
+// renewed when the position lies between others.
 template <typename scalar_t, typename acc_t>
 __device__ acc_t lane_cost(const Maps<scalar_t>& maps, const scalar_t* map, const Held<scalar_t>& features,
-                           acc_t outside, const LanePosition<acc_t>& at, int64_t first, int lane,
+                           acc_t outside, const LanePosition<acc_t>& own, int from, int64_t first, int lane,
                            Held<scalar_t> (&taps)[4], int& held_index) {
-  if (at.index < 0) return outside;
-  if (at.index != held_index) {
-    const Corners<scalar_t> corners(maps, map, at.index);
+  const int index = __shfl_sync(kAllLanes, own.index, from);  // the same for all lanes, so that branches are too
+  if (index < 0) return outside;
+  const acc_t right = __shfl_sync(kAllLanes, own.right, from), lower = __shfl_sync(kAllLanes, own.lower, from);
+  if (index != held_index) {
+    const int upper_left = __shfl_sync(kAllLanes, own.upper_left, from);
+    const int present = __shfl_sync(kAllLanes, own.present, from);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) taps[i].load(corners.pixel[i], corners.present[i], first, maps.channels, lane);
-    held_index = at.index;
+    for (int i = 0; i < 4; ++i) {
+      taps[i].load(corner_pixel(maps, map, upper_left, i), present >> i & 1, first, maps.channels, lane);
+    }
+    held_index = index;
   }
-  const acc_t left = 1 - at.right, top = 1 - at.lower;
-  const acc_t weight[4] = {left * top, at.right * top, left * at.lower, at.right * at.lower};
+  const acc_t left = 1 - right, top = 1 - lower;
+  const acc_t weight[4] = {left * top, right * top, left * lower, right * lower};
   acc_t sum = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -139,11 +149,11 @@ __device__ acc_t lane_penalty(const Maps<scalar_t>& maps, const scalar_t* map, c
   if (options.invalid_channel < 0 && !options.invalid_by_position) return 0;
   if (at.index < 0) return options.invalid_penalty;
   if (options.invalid_by_position) return 0;
-  const Corners<scalar_t> corners(maps, map, at.index);
   acc_t value[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    value[i] = corners.present[i] ? static_cast<acc_t>(corners.pixel[i][options.invalid_channel]) : acc_t(0);
+    value[i] = at.present >> i & 1
+                   ? static_cast<acc_t>(corner_pixel(maps, map, at.upper_left, i)[options.invalid_channel]) : acc_t(0);
   }
   const acc_t left = 1 - at.right, top = 1 - at.lower;
   const acc_t warped = left * top * value[0] + at.right * top * value[1] + left * at.lower * value[2] +
@@ -157,14 +167,14 @@ __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t p
   const scalar_t* map = maps.reference + camera * maps.height * maps.width * maps.channels;
   const scalar_t* here = maps.current + (camera * maps.height * maps.width + pixel) * maps.channels;
   const int count = static_cast<int>(min(static_cast<int64_t>(kWarp), maps.num_depths - first_depth));
-  LanePosition<acc_t> own{-1, 0, 0};
+  LanePosition<acc_t> own;
   if (lane < count) {
     const Lattice<acc_t>& lattice = maps.lattice;
     const Camera<acc_t>& rig = lattice.cameras[camera];
     const acc_t u = lattice.columns[pixel % maps.width], v = lattice.rows[pixel / maps.width];
     const Point<acc_t> at = older_position(lattice, rig, original_pixel(rig, u, v), lattice.depths[first_depth + lane]);
-    const Position<acc_t> position = locate(at, maps.height, maps.width);
-    own = {static_cast<int>(position.index), position.right, position.lower};
+    own = LanePosition<acc_t>(locate(at, maps.height, maps.width), static_cast<int>(maps.height),
+                              static_cast<int>(maps.width));
   }
   acc_t total = lane_penalty<scalar_t, acc_t>(maps, map, own);
   for (int64_t first = 0; first < maps.channels; first += 8 * kWarp) {
@@ -178,10 +188,7 @@ __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t p
       acc_t share[kGroup];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        const int from = group * kGroup + i;
-        const LanePosition<acc_t> at{__shfl_sync(kAllLanes, own.index, from), __shfl_sync(kAllLanes, own.right, from),
-                                     __shfl_sync(kAllLanes, own.lower, from)};
-        share[i] = lane_cost(maps, map, features, outside, at, first, lane, taps, held_index);
+        share[i] = lane_cost(maps, map, features, outside, own, group * kGroup + i, first, lane, taps, held_index);
       }
       const acc_t sum = sum_group(share, lane);
       if (lane / kGroup == group) total += sum;
@@ -191,7 +198,7 @@ __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t p
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kWarp* kWarps) plane_sweep_kernel(const Maps<scalar_t> maps) {
+__global__ void __launch_bounds__(kWarp* kWarps, sizeof(scalar_t) < 8 ? 3 : 1) plane_sweep_kernel(const Maps<scalar_t> maps) {
   using acc_t = at::opmath_type<scalar_t>;
   static_assert(kPixels == kWarp, "a warp writes one depth of all pixels of the block");
   __shared__ acc_t tile[kWarp][kPixels + 1];  // (depth, pixel); the extra column avoids bank conflicts
@@ -215,7 +222,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) plane_sweep_kernel(const Maps<s
 
 // The softmax over depth of the negated costs. A lane keeps the depths lane, lane + 32, ... of its warp's pixel.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kWarp* kWarps) probability_kernel(const Maps<scalar_t> maps) {
+__global__ void __launch_bounds__(kWarp* kWarps, sizeof(scalar_t) < 8 ? 3 : 1) probability_kernel(const Maps<scalar_t> maps) {
   using acc_t = at::opmath_type<scalar_t>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int64_t num_pixels = maps.height * maps.width, depths = maps.num_depths;

@@ -2,8 +2,8 @@
 //
 // Between 2 x 2 x 2 neighbouring coarse voxels lie 2 x 2 x 2 fine ones, which are interpolated from these eight alone:
 // a "cell". Cell c of an axis with n coarse voxels (0 <= c <= n) lies between the coarse voxels c - 1 and c, held at the
-// borders, and holds the fine voxels 2c - 1 and 2c as far as they exist. A warp takes a cell, its lanes the hidden
-// channels; the K sums of the eight voxels are reduced over the lanes together.
+// borders, and holds the fine voxels 2c - 1 and 2c as far as they exist. A warp takes the lower or the upper half of a
+// cell, its lanes the hidden channels; the K sums of the four voxels are reduced over the lanes together.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -67,21 +67,28 @@ struct Cell {
   }
 };
 
-// Eight coarse values, index 4 z + 2 y + x, to the eight fine values of the cell, index 4 z + 2 y + x.
-__device__ __forceinline__ void interpolate(float (&v)[8]) {
+// Eight coarse values, index 4 z + 2 y + x, to the four fine values of a half of the cell, index 2 y + x.
+__device__ __forceinline__ void interpolate(const float (&coarse)[8], bool upper, float (&fine)[4]) {
+  float v[8];
 #pragma unroll
-  for (int axis = 1; axis <= 4; axis *= 2) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i & axis) continue;
-      const float a = v[i], b = v[i + axis];
-      v[i] = kNear * a + kFar * b;
-      v[i + axis] = kFar * a + kNear * b;
-    }
+  for (int i = 0; i < 8; i += 2) {
+    v[i] = kNear * coarse[i] + kFar * coarse[i + 1];
+    v[i + 1] = kFar * coarse[i] + kNear * coarse[i + 1];
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i & 2) continue;
+    const float a = v[i], b = v[i + 2];
+    v[i] = kNear * a + kFar * b;
+    v[i + 2] = kFar * a + kNear * b;
+  }
+  const float low = upper ? kFar : kNear, high = upper ? kNear : kFar;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) fine[i] = low * v[i] + high * v[i + 4];
 }
 
-__device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
+// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|) with the fast exponential and logarithm: absolute errors of some 1e-7.
+__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + __logf(1.f + __expf(-fabsf(x))); }
 
 // One halving of sum_over_lanes: lanes whose bit HALF is set keep the upper half of the values.
 template <int HALF>
@@ -102,32 +109,30 @@ __device__ __forceinline__ float sum_over_lanes(float (&v)[kWarp]) {
   return v[0];
 }
 
-// Offset of fine voxel v (index 4 z + 2 y + x) of a cell in (B, 2X, 2Y, 2Z), or -1.
-__device__ __forceinline__ int64_t fine_offset(const Cell& cell, int v, const Sizes& size) {
-  const int z = cell.z.fine(v >> 2), y = cell.y.fine((v >> 1) & 1), x = cell.x.fine(v & 1);
+// Offset of fine voxel v (index 2 y + x) of a half of a cell in (B, 2X, 2Y, 2Z), or -1.
+__device__ __forceinline__ int64_t fine_offset(const Cell& cell, bool upper, int v, const Sizes& size) {
+  const int z = cell.z.fine(upper), y = cell.y.fine(v >> 1), x = cell.x.fine(v & 1);
   if (z < 0 || y < 0 || x < 0) return -1;
   return ((int64_t(cell.batch) * 2 * size.x + x) * 2 * size.y + y) * 2 * size.z + z;
 }
 
-// Residual (B, X, Y, Z, K) at fine voxel v of a cell.
-__device__ float residual_at(const float* residual, const Cell& cell, int v, int k, const Sizes& size) {
-  float value[8];
+// Residual (B, X, Y, Z, K) at fine voxel v of a half of a cell.
+__device__ float residual_at(const float* residual, const Cell& cell, bool upper, int v, int k, const Sizes& size) {
+  float coarse[8], fine[4];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int z = i & 4 ? cell.z.high : cell.z.low, y = i & 2 ? cell.y.high : cell.y.low;
     const int x = i & 1 ? cell.x.high : cell.x.low;
-    value[i] = residual[(((int64_t(cell.batch) * size.x + x) * size.y + y) * size.z + z) * size.outputs + k];
+    coarse[i] = residual[(((int64_t(cell.batch) * size.x + x) * size.y + y) * size.z + z) * size.outputs + k];
   }
-  interpolate(value);
-  float result = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) result = i == v ? value[i] : result;
-  return result;
+  interpolate(coarse, upper, fine);
+  const float pair[2] = {v & 2 ? fine[2] : fine[0], v & 2 ? fine[3] : fine[1]};
+  return v & 1 ? pair[1] : pair[0];
 }
 
 // Outputs first <= k < first + KB of every fine voxel. `weight` in shared memory is (KB, H), zero past K.
 template <typename T, int KB>
-__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(const Args<T> args, int first) {
+__global__ void __launch_bounds__(kWarps* kWarp, 4) forward_kernel(const Args<T> args, int first) {
   extern __shared__ float weight[];
   const Sizes& size = args.size;
   for (int i = threadIdx.x; i < KB * size.hidden; i += blockDim.x) {
@@ -137,8 +142,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(const Args<T> ar
   __syncthreads();
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = int64_t(gridDim.x) * kWarps;
-  for (int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; index < size.cells(); index += warps) {
-    const Cell cell = Cell::at(index, size);
+  for (int64_t half = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; half < 2 * size.cells(); half += warps) {
+    const bool upper = half & 1;
+    const Cell cell = Cell::at(half >> 1, size);
+    if (cell.z.fine(upper) < 0) continue;
     const T* row[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -146,16 +153,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(const Args<T> ar
       const int x = i & 1 ? cell.x.high : cell.x.low;
       row[i] = args.hidden + (((int64_t(cell.batch) * size.z + z) * size.y + y) * size.x + x) * size.hidden;
     }
-    float sum[8][KB] = {};
+    float sum[4][KB] = {};
     for (int channel = lane; channel < size.hidden; channel += kWarp) {
-      float value[8];
+      float coarse[8], value[4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] = static_cast<float>(row[i][channel]);
-      interpolate(value);
+      for (int i = 0; i < 8; ++i) coarse[i] = static_cast<float>(row[i][channel]);
+      interpolate(coarse, upper, value);
 #pragma unroll
-      for (int v = 0; v < 8; ++v) {
+      for (int v = 0; v < 4; ++v) {
         if (args.fine != nullptr) {
-          const int64_t offset = fine_offset(cell, v, size);
+          const int64_t offset = fine_offset(cell, upper, v, size);
           if (offset >= 0) value[v] += static_cast<float>(args.fine[offset * size.hidden + channel]);
         }
         value[v] = softplus(value[v]);
@@ -164,22 +171,22 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(const Args<T> ar
       for (int k = 0; k < KB; ++k) {
         const float w = weight[k * size.hidden + channel];
 #pragma unroll
-        for (int v = 0; v < 8; ++v) sum[v][k] += value[v] * w;
+        for (int v = 0; v < 4; ++v) sum[v][k] += value[v] * w;
       }
     }
 #pragma unroll
-    for (int group = 0; group < 8 * KB; group += kWarp) {
+    for (int group = 0; group < 4 * KB; group += kWarp) {
       float part[kWarp];
 #pragma unroll
-      for (int i = 0; i < kWarp; ++i) part[i] = group + i < 8 * KB ? sum[(group + i) / KB][(group + i) % KB] : 0.f;
+      for (int i = 0; i < kWarp; ++i) part[i] = group + i < 4 * KB ? sum[(group + i) / KB][(group + i) % KB] : 0.f;
       float total = sum_over_lanes(part);
       const int v = (group + lane) / KB, k = first + (group + lane) % KB;
-      if (group + lane >= 8 * KB || k >= size.outputs) continue;
-      const int64_t offset = fine_offset(cell, v, size);
+      if (group + lane >= 4 * KB || k >= size.outputs) continue;
+      const int64_t offset = fine_offset(cell, upper, v, size);
       if (offset < 0) continue;
       total += args.bias[k];
       if (args.residual != nullptr) {
-        total += args.residual_weight * residual_at(args.residual, cell, v, k, size);
+        total += args.residual_weight * residual_at(args.residual, cell, upper, v, k, size);
       }
       args.out[offset * size.outputs + k] = total;
     }
@@ -192,7 +199,7 @@ void launch_forward(const Args<T>& args, int first) {
   const auto* properties = at::cuda::getCurrentDeviceProperties();
   TORCH_CHECK(shared <= static_cast<int>(properties->sharedMemPerBlock), "upsample_mlp: too many hidden channels: ",
               args.size.hidden);
-  const int64_t wanted = (args.size.cells() + kWarps - 1) / kWarps;
+  const int64_t wanted = (2 * args.size.cells() + kWarps - 1) / kWarps;
   const int blocks = std::min<int64_t>(wanted, int64_t(properties->multiProcessorCount) * 16);
   forward_kernel<T, KB><<<blocks, kWarps * kWarp, shared, at::cuda::getCurrentCUDAStream()>>>(args, first);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
