@@ -31,6 +31,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="write predictions (--out, default: results) without comparing them with anything")
     parser.add_argument("--fuse-conv-bn", action="store_true",
                         help="fold batch normalisation into convolutions: faster, equal up to rounding")
+    parser.add_argument("--mode", choices=("exact", "fast"), default="exact",
+                        help="fast: convolutions and linear layers in float16, batch normalisation folded; "
+                             "docs/benchmarks.md says what that changes (%(default)s)")
     parser.add_argument("--samples-per-gpu", type=int, metavar="N",
                         help="batch size of a process; default: data.test_dataloader of the config, else 1. The "
                              "published model mixes the samples of a batch, so that results depend on it")
@@ -126,12 +129,12 @@ def run(args: argparse.Namespace) -> int:
             logger.info("--%s has no effect here", name.replace("_", "-"))
     set_random_seed(args.seed, args.deterministic)
     options = _options(args, cfg)
-    model = load_test_model(cfg, args.checkpoint, device, fuse_conv_bn=args.fuse_conv_bn,
+    model = load_test_model(cfg, args.checkpoint, device, fuse_conv_bn=args.fuse_conv_bn, fast=args.mode == "fast",
                             allow_unsafe=args.allow_unsafe_checkpoint)
     evaluation = evaluate_model(cfg, model, options)
     if rank == 0:
         record = evaluation_record(evaluation, config=args.config, checkpoint=args.checkpoint, seed=args.seed,
-                                   fuse_conv_bn=args.fuse_conv_bn, deterministic=args.deterministic,
+                                   fuse_conv_bn=args.fuse_conv_bn, mode=args.mode, deterministic=args.deterministic,
                                    device=torch.device(device).type)
         report(evaluation, write_record(work_dir_of(cfg, args.work_dir) / "results.json", record))
     return 0
