@@ -61,9 +61,11 @@ def test_results_say_how_they_were_made(plain, setting):
     record, folder = plain
     assert record["samples"] == FRAMES and record["world_size"] == 1 and record["missing"] == []
     assert record["options"] == {
+        "graphs": None,
         "samples_per_gpu": 1, "workers_per_gpu": 0, "order": "exact", "carry_over": False, "noise_seed": 0,
         "score": True, "out": str(folder), "pairing": "token", "scenes": None, "cache": None}
     assert record["checkpoint"] == setting[0][1] and record["device"] == "cpu" and record["fuse_conv_bn"] is False
+    assert record["mode"] == "exact"
     assert record["ray_iou"]["rays"] > 0 and record["ray_iou"]["mave"] > 0
     assert {"torch", "mmdet3d", "numpy"} <= set(record["versions"])
 
