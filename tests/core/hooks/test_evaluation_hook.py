@@ -140,9 +140,9 @@ def test_averaged_weights_need_their_hook(cfg, tmp_path):
 
 def test_intervals(cfg):
     assert build_evaluation_hook(config(cfg, interval=7)).interval == 7
-    assert build_evaluation_hook(config(cfg)).interval == cfg.checkpoint_config.interval == 100
+    assert build_evaluation_hook(config(cfg)).interval == cfg.checkpoint_config.interval != 24
     inherited = config(cfg, interval=24, pipeline=[{"type": "LoadPointsFromFile"}])
-    assert build_evaluation_hook(inherited).interval == 100
+    assert build_evaluation_hook(inherited).interval == cfg.checkpoint_config.interval
     drawn = build_evaluation_hook(config(cfg, interval=7, pictures={"interval": 3}))
     assert (drawn.interval, drawn.picture_interval) == (7, 3) and drawn.pictures.samples == (0,)
 
