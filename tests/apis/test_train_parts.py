@@ -45,7 +45,7 @@ def test_the_fused_step_is_that_of_the_plain_one():
         for step in range(5):
             optimizer.zero_grad()
             inputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(step)).cuda()
-            network(inputs).square().mean().backward()
+            (network(inputs) - inputs[:, :2]).square().mean().backward()  # not flat: norms make mean squares constant
             optimizer.step()
         results.append([parameter.detach().cpu() for parameter in network.parameters()])
     for fused, plain in zip(*results, strict=True):
