@@ -11,7 +11,7 @@ Trains a tiny STCOcc on a small synthetic data set, scores it and writes picture
 With two CPU cores it takes less than 15 minutes after the set-up. Steps whose result is there are skipped.
 
   --iterations N      length of the training (default: 1800; 300 for a short look)
-  --out DIR           where everything goes (default: outputs/quickstart); another number of iterations needs another DIR
+  --out DIR           where everything goes (default: outputs/quickstart)
   --infos FILE        train nothing: predict the frames of this info file, with the full-size model. Any other option of
                       tools/infer.py goes with it, such as --checkpoint FILE; without that the weights are random
   those of the set-up step: bash tools/setup_env.sh --help
@@ -56,7 +56,8 @@ config=$SETUP_ROOT/config/stcocc/stcocc-tiny-synthetic.py
 data=$SETUP_ROOT/data/synthetic-quickstart
 train=$data/stcocc-nuscenes_infos_train.pkl
 val=$data/stcocc-nuscenes_infos_val.pkl
-checkpoint=$out/training/iter_$iterations.pth
+run=$out/$iterations-iterations
+checkpoint=$run/training/iter_$iterations.pth
 options=("data.train.ann_file=$train" "data.val.ann_file=$val" "data.test.ann_file=$val")
 
 # step RESULT TEXT COMMAND...: runs the command unless its result is there
@@ -83,23 +84,27 @@ step "$out/untrained.json" "scoring the untrained model" \
 
 # 4. training; one that was interrupted goes on
 step "$checkpoint" "training for $iterations iterations" \
-  python "$tools/train.py" "$config" --work-dir "$out/training" --auto-resume --cfg-options "${options[@]}" \
+  python "$tools/train.py" "$config" --work-dir "$run/training" --auto-resume --cfg-options "${options[@]}" \
   "runner.max_iters=$iterations" "lr_config.step=[$((iterations * 4 / 5))]"
 
-# 5. scores and predictions of the trained model
-step "$out/trained/results.json" "scoring the trained model" \
-  python "$tools/test.py" "$config" "$checkpoint" --work-dir "$out/trained" --out "$out/predictions" \
+# 5. scores (written last) and predictions of the trained model
+step "$run/trained/results.json" "scoring the trained model" \
+  python "$tools/test.py" "$config" "$checkpoint" --work-dir "$run/trained" --out "$run/predictions" \
   --cfg-options "${options[@]}"
 
 # 6. pictures: the prediction beside the ground truth, and the curve of the training
-step "$out/pictures" "drawing frames of a scene that the model has not seen" \
-  python "$tools/visualize.py" --infos "$val" --index 2 --count 4 --pred "$out/predictions" --out "$out/pictures"
-step "$out/curve.png" "drawing the curve of the training" \
-  python "$tools/plot_log.py" "$out/training" --out "$out/curve.png"
+draw() {  # the folder gets its name when all pictures are there
+  python "$tools/visualize.py" --infos "$val" --index 2 --count 4 --pred "$run/predictions" --out "$run/pictures.part"
+  mv "$run/pictures.part" "$run/pictures"
+}
+step "$run/pictures" "drawing frames of a scene that the model has not seen" draw
+step "$run/curve.png" "drawing the curve of the training" \
+  python "$tools/plot_log.py" "$run/training" --out "$run/curve.png"
 
 python "$tools/results_table.py" --names majority untrained trained -- "$out/majority.json" "$out/untrained.json" \
-  "$out/trained/results.json" | tee "$out/table.md"
-setup_say "done, on synthetic data: these are no nuScenes scores. In $out:
+  "$run/trained/results.json" > "$run/table.md"
+cat "$run/table.md"
+setup_say "done, on synthetic data: these are no nuScenes scores. In $run:
   pictures/   camera images, prediction and ground truth
   curve.png   loss over the training
   table.md    the scores above; more in trained/results.json
