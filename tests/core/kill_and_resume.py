@@ -20,6 +20,9 @@ import training_run
 from mmdet3d.core.checkpoint_files import list_checkpoints
 from mmdet3d.utils.checkpoint import CheckpointError, read_checkpoint
 
+MOST_ITERATIONS = 4
+"""Iterations after the first one of a part, at most, before it is killed: 20 parts then do not reach the end."""
+
 
 def launch(work_dir, options, fresh):
     """Start the training in a process group of its own; returns its id."""
@@ -69,17 +72,25 @@ def unreadable_in(work_dir):
     return wrong
 
 
+def undisturbed(work_dir, options, fresh):
+    """Train to the end; seconds from the first iteration on."""
+    child = launch(work_dir, options, fresh)
+    assert wait(child, until=lambda: lines_of(work_dir) > 0, timeout=1200) is None
+    start = time.monotonic()
+    assert wait(child, timeout=1200) == 0
+    return time.monotonic() - start
+
+
 def run(folder, kills, real=False, fresh=False, seed=0):
     """Returns what happened as a dict."""
     generator = random.Random(seed)
-    max_iters = 3 * kills if real else 10 * kills + 10
+    max_iters = 6 * kills
     options = {"small": not real, "interval": 1, "keep": 3, "workers": 1, "resume": "latest", "max_iters": max_iters}
     whole, parts = folder / "whole", folder / "parts"
     for work_dir in (whole, parts):
         work_dir.mkdir(parents=True)
-    assert wait(launch(whole, options, fresh), timeout=1200) == 0
+    pause = MOST_ITERATIONS * undisturbed(whole, options, fresh) / max_iters
     result = {"kills": 0, "leftovers": 0, "iterations_when_killed": [], "unreadable": [], "max_iters": max_iters}
-    pause = 1.5 if real else 0.15
     while result["kills"] < kills:
         before = lines_of(parts)
         child = launch(parts, options, fresh)
