@@ -34,8 +34,14 @@ OPERATORS = (
     "history_warp",
     "ms_deform_attn_forward",
     "ms_deform_attn_backward",
+    "oa_assign_queries",
+    "oa_cross_attention_forward",
+    "oa_cross_attention_backward",
+    "oa_depth_consistency",
+    "oa_project_points",
     "plane_sweep",
     "ray_cast",
+    "ray_counts",
 )
 
 #: Distributions that provide a package, the preferred one first.
