@@ -60,6 +60,9 @@ run=$out/$iterations-iterations
 checkpoint=$run/training/iter_$iterations.pth
 options=("data.train.ann_file=$train" "data.val.ann_file=$val" "data.test.ann_file=$val")
 
+# Everything here is small: more threads would wait for each other most of the time.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
 # step RESULT TEXT COMMAND...: runs the command unless its result is there
 step() {
   local result=$1 text=$2
