@@ -99,19 +99,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 on success, 2 after an error, 130 when interrupted."""
     args = parse_args(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
+    from mmdet3d.utils.command import run_tool
 
-        print(error_line(error), file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: run(args), debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import torch
 
 from mmdet3d.apis.benchmark import (
     drive_samples,
-    peak_memory,
     spread,
     synchronise,
     time_frames,
@@ -31,7 +30,7 @@ from mmdet3d.apis.benchmark import (
 from mmdet3d.apis.inference import choose_device, init_model, load_config
 from mmdet3d.datasets.pipelines.device import normalise_on_device
 from mmdet3d.datasets.synthetic.stream import Drive
-from mmdet3d.utils.command import error_line
+from mmdet3d.utils.command import run_tool
 from mmdet3d.utils.files import write_json
 
 
@@ -143,27 +142,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def run(args: argparse.Namespace) -> None:
+    """Measure, tell and write."""
+    device, cfg = choose_device(args.device), load_config(args.config)
+    facts = machine(device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    record = {"config": args.config, "machine": facts}
+    if args.train:
+        record["training"] = training(args, cfg, device)
+    else:
+        record["evaluation"] = evaluation(args, cfg, device)
+    if args.json:
+        write_json(args.json, record)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; the exit code."""
     args = parse(argv)
-    try:
-        device, cfg = choose_device(args.device), load_config(args.config)
-        facts = machine(device)
-        print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-        record = {"config": args.config, "machine": facts}
-        with peak_memory(device):
-            if args.train:
-                record["training"] = training(args, cfg, device)
-            else:
-                record["evaluation"] = evaluation(args, cfg, device)
-        if args.json:
-            write_json(args.json, record)
-    except Exception as error:
-        if args.debug:
-            raise
-        print(error_line(error), file=sys.stderr)
-        return 1
-    return 0
+
+    return run_tool(lambda: run(args), debug=args.debug, failure=1)
 
 
 if __name__ == "__main__":

@@ -91,35 +91,34 @@ def tell(report, total: int, seconds: float, args: argparse.Namespace) -> None:
         print("\nno problems")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    args = parse_args(argv)
+def check(args: argparse.Namespace) -> int:
+    """Check, tell and write what was found; the exit code."""
     start = time.perf_counter()
-    try:
-        report, total, interrupted = run(args)
-        tell(report, total, time.perf_counter() - start, args)
-        if args.json:
-            from mmdet3d.utils.files import write_json
+    report, total, interrupted = run(args)
+    tell(report, total, time.perf_counter() - start, args)
+    if args.json:
+        from mmdet3d.utils.files import write_json
 
-            summary = {
-                "infos": args.pkl, "dataset_name": args.dataset, "skipped": args.skip, "samples": report.samples,
-                "interrupted": interrupted, "seconds": round(time.perf_counter() - start, 3),
-                "counts": {kind: len(problems) for kind, problems in report.by_kind().items()},
-                "problems": [asdict(problem) for problem in report.problems],
-            }
-            write_json(args.json, summary)
-            print(f"\nall problems: {args.json}")
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
-
-        print(error_line(error), file=sys.stderr)
-        return 2
+        summary = {
+            "infos": args.pkl, "dataset_name": args.dataset, "skipped": args.skip, "samples": report.samples,
+            "interrupted": interrupted, "seconds": round(time.perf_counter() - start, 3),
+            "counts": {kind: len(problems) for kind, problems in report.by_kind().items()},
+            "problems": [asdict(problem) for problem in report.problems],
+        }
+        write_json(args.json, summary)
+        print(f"\nall problems: {args.json}")
     if interrupted:
         print("interrupted")
         return 130
     return 1 if report.problems else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = parse_args(argv)
+    from mmdet3d.utils.command import run_tool
+
+    return run_tool(lambda: check(args), debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 from mmdet3d.datasets.infos import DataError
 from mmdet3d.datasets.labels import OPENOCC, label_set
 from mmdet3d.datasets.metrics.npz import read_arrays
-from mmdet3d.utils.command import error_line
+from mmdet3d.utils.command import run_tool
 from mmdet3d.utils.files import write_json
 
 
@@ -65,6 +65,14 @@ def compare(first: str, second: str, free: int) -> dict:
             "same_class_where_occupied": same_occupied / max(occupied, 1), "largest_flow_difference": flow_difference}
 
 
+def tell(record: dict, path: str | None) -> None:
+    """Print the agreement, and write it if a file is named."""
+    for name, value in record.items():
+        print(f"{name.replace('_', ' ')}: {value:.6f}" if isinstance(value, float) else f"{name}: {value}")
+    if path:
+        write_json(path, record)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,18 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args(argv)
-    try:
-        record = compare(args.first, args.second, label_set(args.dataset).free_index)
-        for name, value in record.items():
-            print(f"{name.replace('_', ' ')}: {value:.6f}" if isinstance(value, float) else f"{name}: {value}")
-        if args.json:
-            write_json(args.json, record)
-    except Exception as error:
-        if args.debug:
-            raise
-        print(error_line(error), file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(lambda: tell(compare(args.first, args.second, label_set(args.dataset).free_index), args.json),
+                    debug=args.debug, failure=1)
 
 
 if __name__ == "__main__":

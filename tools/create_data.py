@@ -130,28 +130,24 @@ def report(summary: dict) -> None:
     print(f"{summary['seconds']:.1f} s")
 
 
+def finish(summary: dict, args: argparse.Namespace) -> int:
+    """Tell and write the summary; the exit code."""
+    report(summary)
+    if args.json:
+        from mmdet3d.utils.files import write_json
+
+        write_json(args.json, summary)
+        print(f"summary: {args.json}")
+    return 0 if any(part["file"] for part in summary["splits"].values()) else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = parse_args(argv)
-    try:
-        summary = run(args)
-        report(summary)
-        if args.json:
-            from mmdet3d.utils.files import write_json
+    from mmdet3d.utils.command import run_tool
 
-            write_json(args.json, summary)
-            print(f"summary: {args.json}")
-    except KeyboardInterrupt:
-        print("interrupted; info files appear whole or not at all", file=sys.stderr)
-        return 130
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
-
-        print(error_line(error), file=sys.stderr)
-        return 2
-    return 0 if any(part["file"] for part in summary["splits"].values()) else 1
+    return run_tool(lambda: finish(run(args), args), debug=args.debug,
+                    interrupted="interrupted; info files appear whole or not at all")
 
 
 if __name__ == "__main__":

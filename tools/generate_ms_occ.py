@@ -106,27 +106,25 @@ def report(summary: dict) -> None:
         print("interrupted; the same command continues" if not summary["check"] else "interrupted")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    args = parse_args(argv)
-    try:
-        summary = run(args)
-        report(summary)
-        if args.json:
-            from mmdet3d.utils.files import write_json
+def finish(summary: dict, args: argparse.Namespace) -> int:
+    """Tell and write the summary; the exit code."""
+    report(summary)
+    if args.json:
+        from mmdet3d.utils.files import write_json
 
-            write_json(args.json, summary)
-            print(f"summary: {args.json}")
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
-
-        print(error_line(error), file=sys.stderr)
-        return 2
+        write_json(args.json, summary)
+        print(f"summary: {args.json}")
     if summary["interrupted"]:
         return 130
     return 1 if summary["problems"] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = parse_args(argv)
+    from mmdet3d.utils.command import run_tool
+
+    return run_tool(lambda: finish(run(args), args), debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -146,19 +146,9 @@ def finish(summary: dict, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 on success, 2 after an error, which is told in one line."""
     args = parse_args(argv)
-    try:
-        finish(run(args), Path(args.out))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
+    from mmdet3d.utils.command import run_tool
 
-        print(error_line(error), file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: finish(run(args), Path(args.out)), debug=args.debug)
 
 
 if __name__ == "__main__":

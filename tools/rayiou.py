@@ -141,24 +141,21 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def finish(summary: dict, args: argparse.Namespace) -> None:
+    """Write and tell the result."""
+    if args.json:
+        from mmdet3d.utils.files import write_json
+
+        write_json(args.json, without_nan(summary), allow_nan=False)
+    report(summary)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = parse_args(argv)
-    from mmdet3d.utils.files import write_json
+    from mmdet3d.utils.command import run_tool
 
-    try:
-        summary = run(args)
-        if args.json:
-            write_json(args.json, without_nan(summary), allow_nan=False)
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
-
-        print(error_line(error), file=sys.stderr)
-        return 2
-    report(summary)
-    return 0
+    return run_tool(lambda: finish(run(args), args), debug=args.debug)
 
 
 if __name__ == "__main__":

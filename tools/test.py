@@ -181,20 +181,11 @@ def report(evaluation, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 on success, 2 after an error, which is told in one line."""
     args = parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
+    from mmdet3d.utils.command import run_tool
 
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID")) if args.launcher != "none" else None
-        print(("" if rank is None else f"rank {rank}: ") + error_line(error), file=sys.stderr)
-        code = 2
-    if args.launcher != "none":  # an orderly exit could wait for the other processes, which wait for this one
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID")) if args.launcher != "none" else None
+    code = run_tool(lambda: run(args), debug=args.debug, who="" if rank is None else f"rank {rank}: ")
+    if code and args.launcher != "none":  # an orderly exit could wait for the other processes, which wait for this one
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

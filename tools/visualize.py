@@ -162,23 +162,18 @@ def run(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def tell(paths: Sequence[Path]) -> None:
+    """Say where the pictures are."""
+    for path in paths:
+        print(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 on success, 2 after an error, which is told in one line."""
     args = parse_args(argv)
-    try:
-        for path in run(args):
-            print(path)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:  # whatever went wrong, the user sees one line unless asked for more
-        if args.debug:
-            raise
-        from mmdet3d.utils.command import error_line
+    from mmdet3d.utils.command import run_tool
 
-        print(error_line(error), file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: tell(run(args)), debug=args.debug)
 
 
 if __name__ == "__main__":
