@@ -17,7 +17,6 @@ from mmdet3d.datasets.infos import adjacent_offsets, load_infos
 from mmdet3d.datasets.labels import LabelSet, label_set, label_set_for
 from mmdet3d.datasets.pipelines.format import Frame, FrameSource
 from mmdet3d.utils.allocator import keep_freed_memory
-from mmdet3d.utils.transfer import to_numpy
 
 logger = logging.getLogger(__name__)
 
@@ -194,9 +193,7 @@ def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]],
         with torch.inference_mode():
             return model.predict([images.to(device), *matrices], img_metas, memory)
     semantics, flow, memory = _runner(model)(img_inputs, img_metas, memory)
-    semantics, flow = to_numpy(semantics, flow)
-    return {"occ_results": semantics, "flow_results": flow,
-            "index": [meta.get("index") for meta in img_metas]}, memory
+    return model.result_dict(semantics, flow, img_metas), memory
 
 
 def _runner(model: nn.Module) -> Any:

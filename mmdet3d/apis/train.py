@@ -34,6 +34,7 @@ from mmdet3d.registry import ConfigError, check_keys
 from mmdet3d.utils.allocator import keep_freed_memory
 from mmdet3d.utils.checkpoint import CheckpointError
 from mmdet3d.utils.compat import without_init_report
+from mmdet3d.utils.determinism import set_deterministic
 from mmdet3d.utils.env import collect_env, format_env
 from mmdet3d.utils.files import atomic_write
 from mmdet3d.utils.pretrained import load_initial_weights
@@ -51,16 +52,13 @@ def set_random_seed(seed: int, deterministic: bool = False) -> None:
 
     Args:
         seed: The seed.
-        deterministic: Also ask PyTorch for algorithms that give the same bits in every run, with a warning for each
-            operator that has none.
+        deterministic: Also call :func:`mmdet3d.utils.determinism.set_deterministic`.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is meant
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        set_deterministic()
 
 
 def work_dir_of(cfg: Config, given: str | os.PathLike | None = None) -> Path:

@@ -333,7 +333,12 @@ class STCOcc(BaseDetector):
 
     def results(self, prediction: Prediction, img_metas: Sequence[Mapping]) -> dict[str, Any]:
         """The result dict of :meth:`predict` for a prediction."""
-        semantics, flow = to_numpy(*self.outputs(prediction))
+        return self.result_dict(*self.outputs(prediction), img_metas)
+
+    @staticmethod
+    def result_dict(semantics: Tensor, flow: Tensor, img_metas: Sequence[Mapping]) -> dict[str, Any]:
+        """The result dict of :meth:`predict` for what :meth:`predict_tensors` gives."""
+        semantics, flow = to_numpy(semantics, flow)
         return {"occ_results": semantics, "flow_results": flow, "index": [meta.get("index") for meta in img_metas]}
 
     def forward_test(self, img_metas: Sequence, img_inputs: Sequence, points: Sequence | None = None, **options: Any
