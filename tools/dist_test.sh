@@ -22,28 +22,7 @@ case ${1:-} in -h | --help) usage; exit 0 ;; esac
 if [ $# -lt 3 ]; then usage >&2; exit 2; fi
 config=$1 checkpoint=$2 gpus=$3
 shift 3
-if ! [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
-  echo "error: GPUS must be a positive whole number, got '$gpus'" >&2
-  exit 2
-fi
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-nodes=${NNODES:-1}
-if [ -z "${OMP_NUM_THREADS:-}" ]; then
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    export OMP_NUM_THREADS=1
-  else
-    threads=$(($(nproc) / gpus))
-    export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
-  fi
-fi
-
-if [ "$nodes" = 1 ] && [ -z "${PORT:-}" ]; then
-  meet=(--nnodes=1 --rdzv-backend=c10d --rdzv-endpoint=localhost:0)
-else
-  meet=(--nnodes="$nodes" --node-rank="${NODE_RANK:-0}" --master-addr="${MASTER_ADDR:-127.0.0.1}"
-        --master-port="${PORT:-29500}")
-fi
-exec "${PYTHON:-python}" -m mmdet3d.utils.launch "${meet[@]}" --nproc-per-node="$gpus" \
-  "$root/tools/test.py" "$config" "$checkpoint" --launcher pytorch "$@"
+# shellcheck source=tools/launch/processes.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch/processes.sh"
+check_gpus "$gpus"
+launch "$gpus" test.py "$config" "$checkpoint" --launcher pytorch "$@"

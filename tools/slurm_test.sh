@@ -21,12 +21,6 @@ if [ $# -lt 4 ]; then usage >&2; exit 2; fi
 partition=$1 job=$2 config=$3 checkpoint=$4
 shift 4
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-gpus=${GPUS:-8}
-per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
-read -r -a srun_args <<<"${SRUN_ARGS:-}"
-exec srun --partition="$partition" --job-name="$job" --gres="gpu:$per_node" --ntasks="$gpus" \
-  --ntasks-per-node="$per_node" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 \
-  ${srun_args[@]+"${srun_args[@]}"} \
-  "${PYTHON:-python}" -u "$root/tools/test.py" "$config" "$checkpoint" --launcher slurm "$@"
+# shellcheck source=tools/launch/slurm.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch/slurm.sh"
+launch_on_slurm "$partition" "$job" test.py "$config" "$checkpoint" --launcher slurm "$@"
