@@ -28,6 +28,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for small tensors: threads that wait for busy cores cost seconds each. Restores their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """Folder with golden/, spec/golden/ and data/, named by STCOCC_SHARED (default ../shared)."""

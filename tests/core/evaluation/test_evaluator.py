@@ -22,14 +22,7 @@ from mmdet3d.datasets.scoring import GroundTruthSource, SampleScore, SampleScore
 
 HERE = Path(__file__).resolve()
 INLINE = {"workers_per_gpu": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,7 @@ from mmdet3d.datasets.loader import build_dataloader
 from mmdet3d.models import build_model
 from mmdet3d.registry import ConfigError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
