@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch import distributed as dist
 
     from mmdet3d.core.interrupt import TrainingInterrupted
+    from mmdet3d.core.parallel import leave_distributed
 
     status = 0
     try:
@@ -148,10 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         report(error, args.debug)
         status = 1
-    if dist.is_initialized():
-        if status == 1:
-            os._exit(status)  # at once: the other processes may be waiting for this one
-        dist.destroy_process_group()
+    if status == 1 and dist.is_initialized():
+        os._exit(status)  # at once: the other processes may be waiting for this one
+    leave_distributed()
     return status
 
 

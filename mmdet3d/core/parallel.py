@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import subprocess
 from collections.abc import Mapping
@@ -165,3 +166,15 @@ def init_distributed(launcher: str, dist_params: Mapping[str, Any] | None = None
         options["device_id"] = device
     dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, **options)
     return device
+
+
+def leave_distributed() -> None:
+    """Leave the processes of a job, if this is one of them; to be called when model and runner are out of use.
+
+    A thread of gloo releases the tensors of a collective some time after the result is there, and needs the Python
+    interpreter for it. If that is shutting down by then, PyTorch aborts the process and the launcher reports a
+    failure. The threads end with the last reference to the group, which models and hooks may have: these go first.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()

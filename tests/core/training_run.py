@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/models/detectors")]
 import tiny_model  # noqa: E402
 
 from mmdet3d.core.checkpointing import find_latest  # noqa: E402
-from mmdet3d.core.parallel import DistributedModel  # noqa: E402
+from mmdet3d.core.parallel import DistributedModel, leave_distributed  # noqa: E402
 from mmdet3d.core.runner import TrainRunner  # noqa: E402
 from mmdet3d.datasets.loader import build_dataloader  # noqa: E402
 from mmdet3d.models import build_model  # noqa: E402
@@ -179,7 +179,7 @@ def main():
         start(work_dir, **json.loads(options))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        leave_distributed()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,10 +16,16 @@ _PATIENCE = datetime.timedelta(days=7)
 """Processes may finish hours apart, and one that dies takes the others with it anyway."""
 
 
-@functools.cache
-def _patient_group(world: Any) -> Any:
-    """A group of all processes that talks over the CPU. ``world`` is the default group, which it belongs to."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""By the default group they belong to, and gone with it."""
+
+
+def _patient_group() -> Any:
+    """A group of all processes that talks over the CPU."""
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _groups[world]
 
 
 def gather(value: Any) -> list[Any]:
@@ -27,7 +33,7 @@ def gather(value: Any) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_patient_group(dist.group.WORLD))
+    dist.all_gather_object(values, value, group=_patient_group())
     return values
 
 

@@ -247,6 +247,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import evaluation_case as case
+from mmdet3d.core.parallel import leave_distributed
 from test_evaluator import Evaluator, EvaluatorOptions, numbers
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
@@ -255,6 +256,8 @@ model = case.model(data)
 results = []
 for options in json.loads(sys.argv[3]):
     results.append(numbers(Evaluator(data, EvaluatorOptions(workers_per_gpu=0, **options)).run(model)))
+leave_distributed()
+assert not any("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
 Path(sys.argv[2], f"rank_{{rank}}.json").write_text(json.dumps(results))
 """
 
