@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "multiversion.h"
+#include "rounded_math.h"
 
 namespace mmdet3d::history_warp {
 
@@ -24,20 +25,6 @@ struct alignas(16) Taps {
   acc_t weight[kTaps];
   int32_t index[kTaps];
 };
-
-// Operations that are rounded one by one. CUDA's compiler would otherwise join a product with the sum that follows.
-// C++ compilers may do so too, hence MMDET3D_UNFUSED for what calls these on the host.
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
-__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
-__device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
-#else
-template <typename acc_t>
-C10_HOST_DEVICE MMDET3D_INLINE acc_t multiply(acc_t a, acc_t b) { return a * b; }
-template <typename acc_t>
-C10_HOST_DEVICE MMDET3D_INLINE acc_t add(acc_t a, acc_t b) { return a + b; }
-#endif
 
 // The two voxels around a coordinate; weight 0 for what is outside or for a coordinate that is not a number.
 template <typename acc_t>

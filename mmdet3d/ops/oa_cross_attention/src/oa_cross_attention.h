@@ -142,6 +142,24 @@ struct Inputs {
   }
 };
 
+// The arguments in order of memory; owns what it copied.
+struct Contiguous {
+  at::Tensor value, base, slope, attention, position, consistency, visibility, source;
+
+  explicit Contiguous(const Tensors& in)
+      : value(in.value.contiguous()), base(in.base.contiguous()), slope(in.slope.contiguous()),
+        attention(in.attention.contiguous()), position(in.position.contiguous()),
+        consistency(in.consistency.contiguous()), visibility(in.visibility.contiguous()),
+        source(in.source.contiguous()) {}
+
+  template <typename T, typename Acc>
+  Inputs<T, Acc> pointers(const Sizes& sizes) const {
+    return {value.const_data_ptr<T>(),        base.const_data_ptr<Acc>(),       slope.const_data_ptr<Acc>(),
+            attention.const_data_ptr<Acc>(),  position.const_data_ptr<Acc>(),   consistency.const_data_ptr<Acc>(),
+            visibility.const_data_ptr<Acc>(), source.const_data_ptr<int32_t>(), sizes};
+  }
+};
+
 // Count channels of one head of one query.
 template <int Count, typename T, typename Acc>
 MMDET3D_OA_INLINE void attend(const Inputs<T, Acc>& in, int sample, int query, int head, int channel,

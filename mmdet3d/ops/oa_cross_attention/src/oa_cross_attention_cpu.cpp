@@ -94,24 +94,6 @@ MMDET3D_MULTIVERSION void run_backward(const Job<double>& job, int64_t begin, in
   attend_heads_backward(job, begin, end);
 }
 
-// The arguments in order of memory; owns what it copied.
-struct Contiguous {
-  at::Tensor value, base, slope, attention, position, consistency, visibility, source;
-
-  explicit Contiguous(const Tensors& in)
-      : value(in.value.contiguous()), base(in.base.contiguous()), slope(in.slope.contiguous()),
-        attention(in.attention.contiguous()), position(in.position.contiguous()),
-        consistency(in.consistency.contiguous()), visibility(in.visibility.contiguous()),
-        source(in.source.contiguous()) {}
-
-  template <typename T>
-  Inputs<T, T> pointers(const Sizes& sizes) const {
-    return {value.const_data_ptr<T>(),      base.const_data_ptr<T>(),        slope.const_data_ptr<T>(),
-            attention.const_data_ptr<T>(),  position.const_data_ptr<T>(),    consistency.const_data_ptr<T>(),
-            visibility.const_data_ptr<T>(), source.const_data_ptr<int32_t>(), sizes};
-  }
-};
-
 at::Tensor forward(const at::Tensor& value, int64_t height, int64_t width, const at::Tensor& base,
                    const at::Tensor& slope, const at::Tensor& attention, const at::Tensor& position,
                    const at::Tensor& consistency, const at::Tensor& visibility, const at::Tensor& source) {
@@ -120,7 +102,7 @@ at::Tensor forward(const at::Tensor& value, int64_t height, int64_t width, const
   const Contiguous tensors(in);
   at::Tensor out = at::empty({sizes.batch, sizes.queries, int64_t{sizes.heads} * sizes.channels}, value.options());
   AT_DISPATCH_FLOATING_TYPES(value.scalar_type(), "oa_cross_attention_forward", [&] {
-    Job<scalar_t> job{tensors.pointers<scalar_t>(sizes)};
+    Job<scalar_t> job{tensors.pointers<scalar_t, scalar_t>(sizes)};
     job.out = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, int64_t{sizes.batch} * sizes.queries, 16,
                      [&](int64_t begin, int64_t end) { run_forward(job, begin, end); });
@@ -144,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   at::Tensor grad_attention = at::empty(attention.sizes(), attention.options());
   at::Tensor grad_slope = at::zeros({sizes.batch, sizes.heads, sizes.points, 2}, slope.options());
   AT_DISPATCH_FLOATING_TYPES(value.scalar_type(), "oa_cross_attention_backward", [&] {
-    Job<scalar_t> job{tensors.pointers<scalar_t>(sizes)};
+    Job<scalar_t> job{tensors.pointers<scalar_t, scalar_t>(sizes)};
     job.grad_out = grads.const_data_ptr<scalar_t>();
     job.grad_value = grad_value.mutable_data_ptr<scalar_t>();
     job.grad_base = grad_base.mutable_data_ptr<scalar_t>();

@@ -85,24 +85,6 @@ void choose_count(bool vectors, const Run& run) {
   }
 }
 
-// The arguments in order of memory; owns what it copied.
-struct Contiguous {
-  at::Tensor value, base, slope, attention, position, consistency, visibility, source;
-
-  explicit Contiguous(const Tensors& in)
-      : value(in.value.contiguous()), base(in.base.contiguous()), slope(in.slope.contiguous()),
-        attention(in.attention.contiguous()), position(in.position.contiguous()),
-        consistency(in.consistency.contiguous()), visibility(in.visibility.contiguous()),
-        source(in.source.contiguous()) {}
-
-  template <typename T, typename Acc>
-  Inputs<T, Acc> pointers(const Sizes& sizes) const {
-    return {value.const_data_ptr<T>(),        base.const_data_ptr<Acc>(),       slope.const_data_ptr<Acc>(),
-            attention.const_data_ptr<Acc>(),  position.const_data_ptr<Acc>(),   consistency.const_data_ptr<Acc>(),
-            visibility.const_data_ptr<Acc>(), source.const_data_ptr<int32_t>(), sizes};
-  }
-};
-
 at::Tensor forward(const at::Tensor& value, int64_t height, int64_t width, const at::Tensor& base,
                    const at::Tensor& slope, const at::Tensor& attention, const at::Tensor& position,
                    const at::Tensor& consistency, const at::Tensor& visibility, const at::Tensor& source) {
