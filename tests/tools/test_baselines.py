@@ -1,12 +1,11 @@
 """The most frequent label of each voxel, its score, and the command."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_tool
 from mmcv import Config
 
 from mmdet3d.core.evaluation.baselines import evaluate_constant, majority_labels
@@ -15,8 +14,7 @@ from mmdet3d.datasets.labels import OPENOCC
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "config/stcocc/stcocc-tiny-synthetic.py")
-sys.path.insert(0, str(ROOT / "tools"))
-command = importlib.import_module("baselines")
+command = load_tool("baselines")
 
 
 class Labels:

@@ -1,15 +1,11 @@
 """tools/bench_metric.py prints and writes a rate."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from loading import load_tool
 
-spec = importlib.util.spec_from_file_location(
-    "bench_metric", Path(__file__).resolve().parents[2] / "tools/bench_metric.py")
-bench_metric = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench_metric)
+bench_metric = load_tool("bench_metric")
 
 
 def test_rates(tmp_path, capsys, device):

@@ -1,6 +1,5 @@
 """tools/bench_pipeline.py: its variants give the same values, and it writes its numbers."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import load_tool
 from PIL import Image
 
 from mmdet3d.datasets.infos import load_infos
@@ -20,10 +20,7 @@ import data_world  # noqa: E402
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_pipeline", ROOT / "tools/bench_pipeline.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("bench_pipeline")
 
 
 def configs():

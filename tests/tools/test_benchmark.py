@@ -1,10 +1,10 @@
 """The benchmark runs on a CPU and writes what it measured."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from loading import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "config/stcocc/stcocc-tiny-synthetic.py")
@@ -12,10 +12,7 @@ CONFIG = str(ROOT / "config/stcocc/stcocc-tiny-synthetic.py")
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools/benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("benchmark")
 
 
 def test_frames(benchmark, tmp_path, capsys):

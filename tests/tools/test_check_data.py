@@ -1,6 +1,5 @@
 """tools/check_data.py: a sound data set has no problems, and every kind of damage is found and named."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_module, load_tool
 from PIL import Image
 
 from mmdet3d.datasets.converters import check
@@ -19,21 +19,14 @@ from mmdet3d.datasets.converters.multiscale_files import coarse_grids
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def tool():
-    return load("tools_check_data", ROOT / "tools/check_data.py")
+    return load_tool("check_data")
 
 
 @pytest.fixture(scope="module")
 def world_module():
-    return load("label_world_for_check", ROOT / "tests/datasets/converters/label_world.py")
+    return load_module(ROOT / "tests/datasets/converters/label_world.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,19 @@
 """tools/compare_predictions.py."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_tool
 
 from mmdet3d.utils.files import save_prediction
 
-ROOT = Path(__file__).resolve().parents[2]
 FREE = 16
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("compare_predictions", ROOT / "tools/compare_predictions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_predictions")
 
 
 def write(folder, name, semantics, flow=0.0):

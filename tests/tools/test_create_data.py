@@ -1,6 +1,5 @@
 """tools/create_data.py: whole and partial downloads, with and without CAN bus and lidar, messages and exit codes."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loading import load_module, load_tool
 
 from mmdet3d.datasets.infos import load_infos
 
@@ -15,21 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("nuscenes")
 
 
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def tool():
-    return load("tools_create_data", ROOT / "tools/create_data.py")
+    return load_tool("create_data")
 
 
 @pytest.fixture
 def world():
-    return load("nuscenes_world_for_create_data", ROOT / "tests/datasets/converters/nuscenes_world.py")
+    return load_module(ROOT / "tests/datasets/converters/nuscenes_world.py")
 
 
 @pytest.fixture

@@ -1,18 +1,13 @@
 """tools/create_synthetic.py from the command line."""
 
-import importlib.util
-from pathlib import Path
 
 import pytest
+from loading import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).resolve().parents[2] / "tools" / "create_synthetic.py"
-    spec = importlib.util.spec_from_file_location("create_synthetic", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("create_synthetic")
 
 
 def test_writes_a_small_world(tool, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """tools/generate_ms_occ.py: files, resuming, checking, damaged and missing labels."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_module, load_tool
 
 from mmdet3d.datasets.converters import multiscale_files
 from mmdet3d.datasets.converters.multiscale_gt import downsample_labels
@@ -16,21 +16,14 @@ from mmdet3d.datasets.converters.multiscale_gt import downsample_labels
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def tool():
-    return load("tools_generate_ms_occ", ROOT / "tools/generate_ms_occ.py")
+    return load_tool("generate_ms_occ")
 
 
 @pytest.fixture(scope="module")
 def world_module():
-    return load("label_world_for_generate", ROOT / "tests/datasets/converters/label_world.py")
+    return load_module(ROOT / "tests/datasets/converters/label_world.py")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """tools/infer.py with a stub model: files, summary, reproducibility, errors without a traceback."""
 
-import importlib.util
 import json
 import pickle
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import load_tool
 from PIL import Image
 from torch import nn
 
@@ -40,11 +40,7 @@ class Stub(nn.Module):
 
 @pytest.fixture(scope="module")
 def infer():
-    path = Path(__file__).resolve().parents[2] / "tools" / "infer.py"
-    spec = importlib.util.spec_from_file_location("tools_infer", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("infer")
 
 
 @pytest.fixture

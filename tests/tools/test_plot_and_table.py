@@ -1,17 +1,13 @@
 """Curves from logs, and tables from results files."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from loading import load_tool
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-plot_log = importlib.import_module("plot_log")
-results_table = importlib.import_module("results_table")
+plot_log = load_tool("plot_log")
+results_table = load_tool("results_table")
 
 
 def write_log(folder, name, *lines):

@@ -1,6 +1,5 @@
 """tools/rayiou.py from files to numbers, and what it says about bad files."""
 
-import importlib.util
 import json
 import pickle
 import subprocess
@@ -9,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_tool
 
 from mmdet3d.datasets.infos import load_infos
 from mmdet3d.datasets.lidar_origins import LidarOrigins
 from mmdet3d.datasets.metrics import RayMetric, VoxelMIoU
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("rayiou", ROOT / "tools/rayiou.py")
-rayiou = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rayiou)
+rayiou = load_tool("rayiou")
 
 
 def make_info(scene, number, time, place):

@@ -1,6 +1,5 @@
 """The command that evaluates a checkpoint, alone and as several processes."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -12,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/core"))
 
 import evaluation_case as case  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("test_command", ROOT / "tools/test.py")
-command = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(command)
+command = load_tool("test")
 FRAMES = sum(case.LENGTHS)
 
 

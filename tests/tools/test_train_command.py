@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "config/stcocc/stcocc-tiny-synthetic.py")
 PUBLISHED = str(ROOT / "config/stcocc/stcocc-r50-16f-openocc-12e.py")
-sys.path.insert(0, str(ROOT / "tools"))
-import train as command  # noqa: E402
-
+command = load_tool("train")
 SCRIPTS = {name: str(ROOT / f"tools/{name}.sh") for name in ("dist_train", "slurm_train")}
 
 

@@ -1,12 +1,11 @@
 """tools/visualize.py from the command line: pictures, comparison, animation, errors in one line."""
 
-import importlib.util
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_tool
 from PIL import Image
 
 from mmdet3d.datasets.converters.multiscale_gt import downsample_labels
@@ -16,11 +15,7 @@ from mmdet3d.datasets.synthetic.scene import WorldSettings
 
 @pytest.fixture(scope="module")
 def tool():
-    path = Path(__file__).resolve().parents[2] / "tools" / "visualize.py"
-    spec = importlib.util.spec_from_file_location("visualize", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("visualize")
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,14 @@
 """Coarse labels: against goldens, the real label and the rule written out block by block."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_module
 
 from mmdet3d.datasets.converters.multiscale_gt import downsample_labels, downsample_scales
 
-_spec = importlib.util.spec_from_file_location("literal_multiscale", Path(__file__).with_name("literal_multiscale.py"))
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-downsample_literally = _module.downsample_literally
+downsample_literally = load_module(Path(__file__).with_name("literal_multiscale.py")).downsample_literally
 
 
 def random_grid(shape, free, occupied, seed, classes=None, ignored=0.0, above=0.0):

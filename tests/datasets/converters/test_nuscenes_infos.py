@@ -1,6 +1,5 @@
 """Info files from raw tables: every formula against independent float64 NumPy and the nuScenes devkit."""
 
-import importlib.util
 import json
 import math
 import pickle
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import load_module
 
 from mmdet3d.datasets.converters.nuscenes_boxes import DETECTION_CLASSES, DETECTION_NAMES, quaternion_product
 from mmdet3d.datasets.converters.nuscenes_can_bus import NO_CAN_BUS, CanBus, find_can_bus
@@ -28,15 +28,7 @@ CAMERA_ORDER = ["CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "C
 SPLITS = {"train": {"scene-0061"}, "val": {"scene-0103"}}
 
 
-def load_world():
-    path = Path(__file__).with_name("nuscenes_world.py")
-    spec = importlib.util.spec_from_file_location("nuscenes_world_for_infos", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-WORLD = load_world()
+WORLD = load_module(Path(__file__).with_name("nuscenes_world.py"))
 
 
 @pytest.fixture(scope="module")
