@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_job
 from small_training import batch, build_model
 from torch import distributed
 
@@ -127,6 +127,7 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = {paths}
 import torch
+from processes import gloo_threads
 from small_training import Loader, batches, build_model, make_runner
 from mmdet3d.core.parallel import DistributedModel, init_distributed, leave_distributed
 from mmdet3d.core.interrupt import TrainingInterrupted
@@ -150,15 +151,11 @@ def train():
     except TrainingInterrupted as error:
         return f"{{error.exit_status}} {{stop.iter}}"
 
-def gloo_threads():
-    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
-
 torch.set_num_threads(1)
 init_distributed("pytorch", {{"backend": "gloo", "timeout": 60}})
 out, rank = Path(sys.argv[1]), torch.distributed.get_rank()
 ended, before = train(), gloo_threads()
 leave_distributed()
-# Not printed: lines of several processes can mix in one pipe.
 (out / f"ended_{{rank}}").write_text(f"{{ended}}, threads {{before > 0}} {{gloo_threads()}}")
 """
 
@@ -167,11 +164,9 @@ def test_two_processes_train_one_model_and_stop_together(tmp_path):
     """Averaged gradients of two batches are those of one process that accumulates both; no thread is left behind."""
     from small_training import Loader, make_runner
 
-    tests = Path(__file__).parent
-    (tmp_path / "ranks.py").write_text(RANKS.format(paths=[str(tests.parents[1]), str(tests)]))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           str(tmp_path / "ranks.py"), str(tmp_path)], capture_output=True, text=True, check=False,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    here = Path(__file__).parent
+    (tmp_path / "ranks.py").write_text(RANKS.format(paths=[str(here.parents[1]), str(here.parent), str(here)]))
+    done = run_job(2, tmp_path / "ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / f"ended_{rank}").read_text() for rank in range(2)] == ["143 3, threads True 0"] * 2
     for name, group_size in (("plain", 2), ("accumulated", 4)):

@@ -8,7 +8,6 @@ Losses go to ``losses_<rank>.txt``, one line ``<iteration> <name>=<float in hexa
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from mmcv.runner import Hook
 from torch.utils.data import Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/models/detectors")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/models/detectors")]
 
 import tiny_model  # noqa: E402
+from processes import run_job  # noqa: E402
 
 from mmdet3d.core.checkpointing import find_latest  # noqa: E402
 from mmdet3d.core.parallel import DistributedModel, leave_distributed  # noqa: E402
@@ -124,12 +124,8 @@ def read_losses(work_dir, rank=0):
 
 def run_script(*runs, processes=1):
     """``(work_dir, options)`` one after the other in new processes; the finished process."""
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-                                 if processes > 1 else []), __file__]
-    for work_dir, options in runs:
-        command += [str(work_dir), json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = (word for work_dir, options in runs for word in (work_dir, json.dumps(options)))
+    return run_job(processes, __file__, *arguments)
 
 
 def start(work_dir, *, small=True, max_iters=6, interval=2, keep=-1, workers=0, batch=1, resume=None, seed=0,

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import evaluation_case as case
 import numpy as np
 import pytest
 import torch
+from processes import run_job
 
 from mmdet3d.core.evaluation import Evaluator, EvaluatorOptions
 from mmdet3d.core.evaluation.collection import exact_collection, published_collection
@@ -242,12 +240,13 @@ def test_missing_and_unknown_samples_are_named(data, model):
 
 WORKER = """
 import json, sys
-sys.path[:0] = [{root!r}, {tests!r}, {here!r}]
+sys.path[:0] = {paths!r}
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import evaluation_case as case
 from mmdet3d.core.parallel import leave_distributed
+from processes import gloo_threads
 from test_evaluator import Evaluator, EvaluatorOptions, numbers
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
@@ -257,18 +256,15 @@ results = []
 for options in json.loads(sys.argv[3]):
     results.append(numbers(Evaluator(data, EvaluatorOptions(workers_per_gpu=0, **options)).run(model)))
 leave_distributed()
-assert not any("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+assert gloo_threads() == 0
 Path(sys.argv[2], f"rank_{{rank}}.json").write_text(json.dumps(results))
 """
 
 
 def run_processes(count, world, folder, options):
     script = folder / "worker.py"
-    script.write_text(WORKER.format(root=str(case.ROOT), tests=str(HERE.parents[1]), here=str(HERE.parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script),
-               str(world), str(folder), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    script.write_text(WORKER.format(paths=[str(case.ROOT), *(str(HERE.parents[up]) for up in (2, 1, 0))]))
+    done = run_job(count, script, world, folder, json.dumps(options), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(count)]
 
