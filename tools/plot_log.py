@@ -21,6 +21,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", default="curve.png", help="picture, .png, .svg or .pdf (%(default)s)")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the runs; default: those of the folders")
     parser.add_argument("--losses", nargs="+", default=["loss"], metavar="KEY", help="what to draw (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args(argv)
     if args.names is not None and len(args.names) != len(args.runs):
         parser.error(f"--names: expected {len(args.runs)}, one for each run, got {len(args.names)}")
@@ -62,8 +63,12 @@ def points(lines: dict[int, dict], key: str) -> tuple[list[int], list[float]]:
 
 def draw(logs: dict[str, dict], losses: Sequence[str], out: str) -> None:
     """Write the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; pip install {error.name}, or bash tools/setup_env.sh"
+                         ) from error
 
     from mmdet3d.utils.files import atomic_write
 
@@ -85,29 +90,27 @@ def draw(logs: dict[str, dict], losses: Sequence[str], out: str) -> None:
         figure.savefig(file, format=Path(out).suffix[1:].lower(), dpi=110)
 
 
+def run(args: argparse.Namespace) -> None:
+    """Read the logs and draw them."""
+    names = args.names or [Path(run).resolve().stem if Path(run).is_file() else Path(run).resolve().name
+                           for run in args.runs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"runs have the same name: {names}; give --names")
+    logs = {name: read_log(run) for name, run in zip(names, args.runs, strict=True)}
+    missing = [key for key in args.losses if not any(points(log["train"], key)[0] for log in logs.values())]
+    if missing:
+        known = sorted({key for log in logs.values() for values in log["train"].values() for key in values})
+        raise ValueError(f"--losses: {missing} were not logged; found {known}")
+    draw(logs, args.losses, args.out)
+    print(f"{args.out}: {', '.join(names)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 on success, 2 after an error."""
     args = parse_args(argv)
-    try:
-        names = args.names or [Path(run).resolve().stem if Path(run).is_file() else Path(run).resolve().name
-                               for run in args.runs]
-        if len(set(names)) != len(names):
-            raise ValueError(f"runs have the same name: {names}; give --names")
-        logs = {name: read_log(run) for name, run in zip(names, args.runs, strict=True)}
-        missing = [key for key in args.losses if not any(points(log["train"], key)[0] for log in logs.values())]
-        if missing:
-            known = sorted({key for log in logs.values() for values in log["train"].values() for key in values})
-            raise ValueError(f"--losses: {missing} were not logged; found {known}")
-        draw(logs, args.losses, args.out)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install {error.name}, or bash tools/setup_env.sh",
-              file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {', '.join(names)}")
-    return 0
+    from mmdet3d.utils.command import run_tool
+
+    return run_tool(lambda: run(args), debug=args.debug)
 
 
 if __name__ == "__main__":

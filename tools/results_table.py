@@ -24,6 +24,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("results", nargs="+", metavar="FILE.json", help="results files, one row or column each")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what the rows are called; default: the files' own")
     parser.add_argument("--classes", action="store_true", help="also a table of every class")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args(argv)
     if args.names is not None and len(args.names) != len(args.results):
         parser.error(f"--names: expected {len(args.results)}, one for each file, got {len(args.names)}")
@@ -85,22 +86,24 @@ def class_table(records: Mapping[str, Mapping]) -> str:
                   *(f"AVE moving, {name}" for name in records)], rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; 0 on success, 2 after an error."""
-    args = parse_args(argv)
-    try:
-        names = args.names or [f"{Path(path).parent.name}" if Path(path).stem == "results" else Path(path).stem
-                               for path in args.results]
-        if len(set(names)) != len(names):
-            raise ValueError(f"files have the same name: {names}; give --names")
-        records = {name: read_record(path) for name, path in zip(names, args.results, strict=True)}
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> None:
+    """Read the files and print their tables."""
+    names = args.names or [Path(path).parent.name if Path(path).stem == "results" else Path(path).stem
+                           for path in args.results]
+    if len(set(names)) != len(names):
+        raise ValueError(f"files have the same name: {names}; give --names")
+    records = {name: read_record(path) for name, path in zip(names, args.results, strict=True)}
     print(summary_table(records))
     if args.classes:
         print("\n" + class_table(records))
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 0 on success, 2 after an error."""
+    args = parse_args(argv)
+    from mmdet3d.utils.command import run_tool
+
+    return run_tool(lambda: run(args), debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,6 @@ def report(evaluation, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 on success, 2 after an error, which is told in one line."""
     args = parse_args(argv)
-    from mmdet3d.core.parallel import leave_distributed
     from mmdet3d.utils.command import run_tool
 
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID")) if args.launcher != "none" else None
@@ -190,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    from mmdet3d.core.parallel import leave_distributed
+
     leave_distributed()
     return code
 

@@ -15,7 +15,6 @@ from mmdet3d.datasets.scoring import SampleScore, first_of_each, in_order
 _PATIENCE = datetime.timedelta(days=7)
 """Processes may finish hours apart, and one that dies takes the others with it anyway."""
 
-
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """By the default group they belong to, and gone with it."""
 

@@ -106,7 +106,6 @@ class MovingRayMetric(RayMetric):
         for name, part in self._moving.items():
             part._tally(sample, grids, voxel, distance, pred_flow if name == "flow" else None, gt_flow)
 
-
     def _fetch_moving(self, keep: bool) -> None:
         """Take over, or drop, what the CPU counted for the last sample; GPUs are not waited for."""
         for part in self._moving.values():
