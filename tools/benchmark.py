@@ -2,7 +2,7 @@
 
     python tools/benchmark.py config/stcocc/stcocc-r50-16f-openocc-12e.py --json frame.json
     python tools/benchmark.py config/stcocc/stcocc-r50-16f-openocc-12e.py --mode fast
-    python tools/benchmark.py config/stcocc/stcocc-r50-16f-openocc-12e.py --train 1 2 --bf16
+    python tools/benchmark.py config/stcocc/stcocc-r50-16f-openocc-12e.py --train 1 2 --bf16 --graphs
 
 The inputs are random pictures under the geometry of a driving vehicle (no data set is needed); --infos adds a
 measurement with the samples of an info file and the work of loading them. The weights are random unless --checkpoint
@@ -106,10 +106,12 @@ def training(args: argparse.Namespace, cfg: dict, device: torch.device) -> list[
         torch.manual_seed(0)
         model = build_model(cfg["model"]).to(device)
         drive = Drive(tuple(cfg["data_config"]["input_size"]), batch)
-        record = time_training(model, drive, iterations=args.frames, warmup=min(args.warmup, 5), bf16=args.bf16)
+        record = time_training(model, drive, iterations=args.frames, warmup=min(args.warmup, 5), bf16=args.bf16,
+                               graphs=args.graphs)
         records.append({"samples": batch, "precision": "bf16" if args.bf16 else "fp32", **record})
         print(f"training, {batch} samples, {records[-1]['precision']}: {record['iteration']['median_ms']:.1f} ms an "
-              f"iteration, peak memory {record['peak_gib']:.2f} GiB", flush=True)
+              f"iteration, peak memory {record['peak_gib']:.2f} GiB (reserved {record['reserved_gib']:.2f}), "
+              f"CUDA graphs {'on' if record['graphs'] else 'off'}", flush=True)
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,6 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, nargs="+", metavar="SAMPLES",
                         help="time training iterations with these batch sizes instead")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs in training iterations")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args(argv)

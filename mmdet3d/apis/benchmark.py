@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d.core.step_graph import StepGraph
 from mmdet3d.datasets.pipelines.device import normalise_on_device
 from mmdet3d.datasets.synthetic.stream import Drive
 from mmdet3d.models.detectors.frame_runner import FrameRunner
@@ -34,8 +35,11 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills ``gib`` with the most memory that tensors took on a GPU in the block; 0 on a CPU."""
-    record = {"gib": 0.0}
+    """Fills in the most memory of a GPU that was taken in the block: ``gib`` by tensors, ``reserved_gib`` by PyTorch.
+
+    The memory of a CUDA graph is reserved, but belongs to no tensor. Both are 0 on a CPU.
+    """
+    record = {"gib": 0.0, "reserved_gib": 0.0}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -43,6 +47,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         record["gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        record["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
@@ -152,10 +157,19 @@ def stage_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmup: int = 5, bf16: bool = False,
-                  max_norm: float = 5.0) -> dict[str, Any]:
+                  max_norm: float = 5.0, graphs: bool = False) -> dict[str, Any]:
     """Wall time and peak memory of a training iteration: forward, backward, clipping and AdamW, inputs on the device.
 
     Sequences start with the first iteration and go on, as nineteen of twenty do in training.
+
+    Args:
+        model: The detector on its device.
+        drive: Where the samples come from.
+        iterations: Those that count.
+        warmup: Those before; with graphs at least five, in which they are recorded.
+        bf16: Mixed precision.
+        max_norm: Of clipping.
+        graphs: Replay CUDA graphs, see :class:`mmdet3d.core.step_graph.StepGraph`.
     """
     device = next(model.parameters()).device
     grid = model.grids[0].size_xyz
@@ -165,6 +179,8 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, weight_decay=1e-2, fused=device.type == "cuda")
     model.train()
     model.reset_memory()
+    replayed = StepGraph(model, "bf16" if bf16 else "fp32") if graphs else None
+    warmup = max(warmup, 5) if graphs else warmup
     samples = [drive.sample(index) for index in range(warmup + iterations)]
     for inputs, _ in samples:
         inputs[0] = inputs[0].to(device)
@@ -174,10 +190,13 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
             synchronise(device)
             start = time.perf_counter()
             batch = {"img_inputs": [normalise_on_device(inputs[0]), *inputs[1:]], "img_metas": metas, **targets}
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                outputs = model.train_step(batch, optimizer)
-            optimizer.zero_grad()
-            outputs["loss"].backward()
+            if replayed is not None:
+                outputs = replayed.step(batch)
+            else:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    outputs = model.train_step(batch, optimizer)
+                optimizer.zero_grad()
+                outputs["loss"].backward()
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             synchronise(device)
@@ -185,4 +204,5 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
                 seconds.append(time.perf_counter() - start)
             losses.append(float(outputs["log_vars"]["loss"]))
     model.reset_memory()
-    return {"iteration": spread(seconds), "peak_gib": peak["gib"], "losses": losses}
+    return {"iteration": spread(seconds), "peak_gib": peak["gib"], "reserved_gib": peak["reserved_gib"],
+            "graphs": replayed is not None and replayed.graphs, "losses": losses}

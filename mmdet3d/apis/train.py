@@ -25,7 +25,7 @@ import mmdet3d
 from mmdet3d.core.checkpointing import find_latest
 from mmdet3d.core.parallel import DistributedModel
 from mmdet3d.core.recipe import batch_warning, samples_per_gpu, scaled
-from mmdet3d.core.runner import PRECISIONS, TrainRunner, check_workflow
+from mmdet3d.core.runner import TrainRunner, check_workflow
 from mmdet3d.datasets import build_dataset
 from mmdet3d.datasets.loader import build_dataloader
 from mmdet3d.datasets.samplers.sequence import distributed_place
@@ -37,6 +37,7 @@ from mmdet3d.utils.compat import without_init_report
 from mmdet3d.utils.determinism import set_deterministic
 from mmdet3d.utils.env import collect_env, format_env
 from mmdet3d.utils.files import atomic_write
+from mmdet3d.utils.precision import PRECISIONS
 from mmdet3d.utils.pretrained import load_initial_weights
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def train_model(cfg: Config, *, work_dir: str | os.PathLike | None = None, devic
     Besides the keys of the mmdet family the config may have ``precision`` ("fp32", "bf16"),
     ``optimizer_config.cumulative_iters``, ``auto_scale`` (see :func:`mmdet3d.core.recipe.scaled`), ``init_backbone``
     (see :func:`mmdet3d.utils.pretrained.load_backbone`), ``finite_loss`` (options of the hook of that name),
-    ``find_unused_parameters`` and ``cudnn_benchmark``.
+    ``cuda_graphs`` (see :class:`mmdet3d.core.runner.TrainRunner`), ``find_unused_parameters`` and ``cudnn_benchmark``.
 
     Args:
         cfg: Stays as it is.
@@ -238,7 +239,7 @@ def train_model(cfg: Config, *, work_dir: str | os.PathLike | None = None, devic
     meta = _meta(cfg, seed, environment, getattr(loader.sequence_dataset, "CLASSES", None))
     runner = TrainRunner(model, build_training_optimizer(model, cfg.optimizer), logger=logger, work_dir=work_dir,
                          max_iters=cfg.runner.max_iters, meta=meta, precision=cfg.get("precision", "fp32"),
-                         train_sampler=loader.sequence_sampler)
+                         train_sampler=loader.sequence_sampler, cuda_graphs=bool(cfg.get("cuda_graphs", False)))
     runner.timestamp = timestamp or time.strftime("%Y%m%d_%H%M%S")
     _register_hooks(runner, cfg, validate)
     if checkpoint is not None:

@@ -15,12 +15,11 @@ from torch.utils.data import DataLoader
 from mmdet3d.core.checkpointing import between_steps, resume_training_state, save_training_state
 from mmdet3d.core.hooks.builder import build_hook
 from mmdet3d.core.interrupt import StopRequest, TrainingInterrupted
+from mmdet3d.core.step_graph import StepGraph
 from mmdet3d.datasets.loader import to_device
 from mmdet3d.registry import ConfigError, check_keys
 from mmdet3d.utils.compat import BoundedLogBuffer
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-"""Values of a config's ``precision``: the type that :func:`torch.autocast` uses in the forward pass."""
+from mmdet3d.utils.precision import PRECISIONS
 
 
 class TrainRunner(IterBasedRunner):
@@ -39,17 +38,21 @@ class TrainRunner(IterBasedRunner):
         precision: "fp32", or "bf16": the forward pass uses bfloat16 where that is safe; parameters, gradients,
             optimizer and losses stay in float32.
         train_sampler: Sampler of the loader that :meth:`run` will be given; its position is saved and restored.
+        cuda_graphs: Replay CUDA graphs in iterations in which no sequence starts, see
+            :class:`mmdet3d.core.step_graph.StepGraph`: in a single process, on a GPU, without accumulation of
+            gradients.
 
     Attributes:
         device: Device of the model.
+        step_graph: What replays, or None.
 
     Raises:
-        ConfigError: ``precision`` is unknown.
+        ConfigError: ``precision`` is unknown, or ``cuda_graphs`` is not possible.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, *, logger: Any,
                  work_dir: str | os.PathLike, max_iters: int, meta: dict | None = None, precision: str = "fp32",
-                 train_sampler: Any = None) -> None:
+                 train_sampler: Any = None, cuda_graphs: bool = False) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: expected one of {sorted(PRECISIONS)}, got {precision!r}")
         super().__init__(model, optimizer=optimizer, work_dir=str(work_dir), logger=logger,
@@ -57,6 +60,7 @@ class TrainRunner(IterBasedRunner):
         self.precision = precision
         self.device = next(model.parameters()).device
         self.train_sampler = train_sampler
+        self.step_graph = StepGraph(model, precision) if cuda_graphs else None
         self.log_buffer = BoundedLogBuffer()
         self.stop = StopRequest()
         self.stopped_by = 0
@@ -149,9 +153,13 @@ class TrainRunner(IterBasedRunner):
     def train_step(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Forward pass and losses of a batch on the device: ``loss``, ``log_vars`` and ``num_samples``.
 
+        With CUDA graphs the backward pass, too, as ``backward_done`` says.
+
         Raises:
             TypeError: the model's ``train_step`` returned something else.
         """
+        if self.step_graph is not None:
+            return self.step_graph.step(batch)
         dtype = PRECISIONS[self.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             outputs = self.model.train_step(batch, self.optimizer, **kwargs)

@@ -1,4 +1,4 @@
-"""What stays in full precision under autocast."""
+"""Mixed precision: its names, and what stays in full precision under autocast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+"""Values of a config's ``precision``: the type that :func:`torch.autocast` uses in the forward pass."""
 
 
 def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

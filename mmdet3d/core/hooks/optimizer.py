@@ -19,6 +19,9 @@ class OptimizerHook(Hook):
     With ``cumulative_iters`` N the gradients of N iterations are averaged before a step; an iteration remains one
     forward pass, so N iterations are one step. A run that ends within such a group steps with what it has.
 
+    Where the forward pass came with the backward pass (``outputs["backward_done"]``, see
+    :class:`mmdet3d.core.step_graph.StepGraph`), clipping and step remain.
+
     Where a hook before this one has set ``runner.skip_step``, the loss of the iteration and the gradients accumulated
     for the step are dropped.
 
@@ -46,6 +49,16 @@ class OptimizerHook(Hook):
         """Whether the current iteration ends with a step."""
         return (runner.iter + 1) % self.cumulative_iters == 0 or runner.iter + 1 == runner.max_iters
 
+    def before_run(self, runner: Any) -> None:
+        """Refuse what excludes each other.
+
+        Raises:
+            ConfigError: gradients are to be accumulated while steps replay CUDA graphs, which replace them.
+        """
+        if self.cumulative_iters > 1 and getattr(runner, "step_graph", None) is not None:
+            raise ConfigError(f"cuda_graphs=True does not go with optimizer_config.cumulative_iters="
+                              f"{self.cumulative_iters}; leave one of them out")
+
     def before_train_iter(self, runner: Any) -> None:
         """Processes exchange gradients only in iterations that end with a step."""
         if self.cumulative_iters > 1 and hasattr(runner.model, "require_backward_grad_sync"):
@@ -56,10 +69,11 @@ class OptimizerHook(Hook):
         if getattr(runner, "skip_step", False):
             self._pending = False
             return
-        if not self._pending:
-            runner.optimizer.zero_grad(set_to_none=True)
-        loss = runner.outputs["loss"]
-        (loss if self.cumulative_iters == 1 else loss / self.cumulative_iters).backward()
+        if not runner.outputs.get("backward_done", False):
+            if not self._pending:
+                runner.optimizer.zero_grad(set_to_none=True)
+            loss = runner.outputs["loss"]
+            (loss if self.cumulative_iters == 1 else loss / self.cumulative_iters).backward()
         self._pending = not self.steps_after(runner)
         if self._pending:
             return

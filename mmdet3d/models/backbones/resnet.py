@@ -65,5 +65,8 @@ class ResNet(MMDetResNet):
 
     def _stage(self, x: Tensor, index: int) -> Tensor:
         for block in getattr(self, self.res_layers[index]):
-            x = checkpoint(block, x, use_reentrant=True) if self.with_cp and x.requires_grad else block(x)
+            if self.with_cp and x.requires_grad:  # a block draws no random numbers whose state would have to be kept
+                x = checkpoint(block, x, use_reentrant=True, preserve_rng_state=False)
+            else:
+                x = block(x)
         return x

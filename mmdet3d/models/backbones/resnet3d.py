@@ -92,7 +92,10 @@ class CustomResNet3D(BaseModule):
         """[B, numC_input, Z, Y, X] -> volumes of the selected stages, finest first."""
         outputs = []
         for index, layer in enumerate(self.layers):
-            x = checkpoint(layer, x, use_reentrant=False) if self.with_cp and torch.is_grad_enabled() else layer(x)
+            if self.with_cp and torch.is_grad_enabled():  # the stages draw no random numbers
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x)
             if index in self.output_ids:
                 outputs.append(x)
         if not hasattr(self, "adjust_layer"):

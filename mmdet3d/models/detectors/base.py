@@ -37,10 +37,20 @@ class BaseDetector(BaseModule):
 
         All values are averaged over ranks in one message and read back in one transfer.
         """
+        total, names, values = BaseDetector.reduce_losses(losses)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values.div_(dist.get_world_size()))
+        return total, OrderedDict(zip(names, values.tolist(), strict=True))
+
+    @staticmethod
+    def reduce_losses(losses: Mapping[str, Tensor]) -> tuple[Tensor, tuple[str, ...], Tensor]:
+        """The part of :meth:`parse_losses` on the device of the losses, which is not waited for.
+
+        Returns:
+            Total of all entries whose name contains "loss", with gradient; the names to log, "loss" for the total
+            last; their values, float32 without gradient, of this process.
+        """
         means = OrderedDict((name, value.mean()) for name, value in losses.items())
         total = sum(value for name, value in means.items() if "loss" in name)
         means["loss"] = total
-        values = torch.stack([value.detach().float() for value in means.values()])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(values.div_(dist.get_world_size()))
-        return total, OrderedDict(zip(means, values.tolist(), strict=True))
+        return total, tuple(means), torch.stack([value.detach().float() for value in means.values()])

@@ -190,8 +190,8 @@ class STCOcc(BaseDetector):
                 histories_out: Sequence[Tensor] | None = None) -> tuple[Prediction, ForwardFeatures]:
         """The device's part of a frame. Arguments as :meth:`run`, and the plan on the device of the images.
 
-        ``histories_out`` are the tensors that the new memory's histories are written to, in memory of their own; only
-        without gradients. Default: new ones.
+        ``histories_out`` are the tensors that the new memory's histories are written to, in memory of their own. A
+        backward pass reads them; write them again only after that. Default: new ones.
         """
         cache = None if memory is None else memory.features
         features = self.forward_projection(images, plan.lifts, plan.reuse, cache)

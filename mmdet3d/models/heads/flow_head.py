@@ -61,7 +61,7 @@ class OccFlowHead(BaseModule):
         """
         classes = self._class_guidance(semantic_logits, noise_seeds)
         if classes.requires_grad:
-            guidance = checkpoint(self._guidance, classes, use_reentrant=False)
+            guidance = checkpoint(self._guidance, classes, use_reentrant=False, preserve_rng_state=False)
         else:
             guidance = self._guidance(classes)
         first, _, second = self.predicter

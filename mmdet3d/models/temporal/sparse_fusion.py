@@ -94,23 +94,21 @@ class SparseFusion(BaseModule):
             index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume, see
                 :func:`previous_index_from_index` and :meth:`index_matrix`.
             top_k: Number of foreground voxels, instead of the constructor's.
-            history_out: Contiguous [B, V, T * C] to write the new history to, in memory of its own; only without
-                gradients. None for a new tensor.
+            history_out: Contiguous [B, V, T * C] to write the new history to, in memory of its own, without gradient.
+                The backward pass reads it, so it may be written again only after that. None for a new tensor.
 
         Returns:
             The fused volume [B, C, Z, Y, X], channels-last in memory, and the new history [B, V, T * C] without
             gradient. Where a sequence starts, the history is the current volume, with gradient, in every slot.
 
         Raises:
-            ValueError: the grid has fewer than ``top_k`` voxels, or ``history_out`` is given while gradients are
-                recorded or does not fit.
+            ValueError: the grid has fewer than ``top_k`` voxels, or ``history_out`` does not fit.
         """
         top_k = self.top_k if top_k is None else top_k
         if top_k > grid.num_voxels:
             raise ValueError(f"top_k={top_k} exceeds the {grid.num_voxels} voxels of the stage")
-        if history_out is not None and (torch.is_grad_enabled() or not history_out.is_contiguous()):
-            raise ValueError("history_out must be contiguous and needs torch.no_grad(): a backward pass may still need "
-                             "what is in it")
+        if history_out is not None and (history_out.requires_grad or not history_out.is_contiguous()):
+            raise ValueError("history_out must be contiguous and must not require a gradient")
         current = volume.flatten(2).transpose(1, 2).contiguous()  # [B, V, C]
         embedding = self.occ_embedding(logits.permute(0, 3, 2, 1, 4).flatten(0, 3))
         foreground, background = self._select(occupied.flatten(1), top_k)

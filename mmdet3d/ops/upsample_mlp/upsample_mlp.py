@@ -15,9 +15,9 @@ from .._library import AVAILABLE, use_compiled
 from .reference import upsample_mlp_slab
 
 _COMPILED = AVAILABLE and hasattr(torch.ops.mmdet3d, "upsample_mlp_forward")
-#: Hidden values of a slab of the backward pass (a quarter of a gigabyte in float32) and, where the forward pass runs
+#: Hidden values of a slab of the backward pass (64 MB in float32) and, where the forward pass runs
 #: through PyTorch's own kernels, of that (small enough for a processor's cache).
-_BACKWARD_SLAB, _FORWARD_SLAB = 2**26, 2**22
+_BACKWARD_SLAB, _FORWARD_SLAB = 2**24, 2**22
 
 
 def upsample_mlp(hidden: Tensor, weight: Tensor, bias: Tensor, *, fine: Tensor | None = None,

@@ -252,8 +252,21 @@ def test_the_caller_can_bring_the_memory_of_the_new_history(device):
             one_step(module, device, history, history_out=buffer.mT)
         with pytest.raises(ValueError, match="out must not share memory with history"):
             one_step(module, device, history, history_out=history)
-    with pytest.raises(ValueError, match="needs torch.no_grad"):
-        one_step(module, device, history, history_out=buffer)
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        one_step(module, device, history, history_out=buffer.clone().requires_grad_())
+
+
+def test_gradients_are_the_same_with_memory_of_the_caller(device):
+    module, history = make().to(device), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS, device=device)
+    gradients = []
+    for buffer in (None, torch.full_like(history, 7)):
+        module.zero_grad()
+        output, new = one_step(module, device, history, history_out=buffer)
+        assert not new.requires_grad
+        output.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in module.parameters()])
+    for mine, expected in zip(*gradients, strict=True):
+        assert expected.any() and torch.equal(mine, expected)
 
 
 def test_memory_formats(device):
