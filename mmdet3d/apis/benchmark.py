@@ -193,9 +193,9 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
             if replayed is not None:
                 outputs = replayed.step(batch)
             else:
+                optimizer.zero_grad()
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     outputs = model.train_step(batch, optimizer)
-                optimizer.zero_grad()
                 outputs["loss"].backward()
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()

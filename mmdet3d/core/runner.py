@@ -25,7 +25,7 @@ from mmdet3d.utils.precision import PRECISIONS
 class TrainRunner(IterBasedRunner):
     """Trains for a number of iterations.
 
-    One iteration is one forward pass. Its order is forward, zero_grad, backward, clip, step (by the optimizer hook),
+    One iteration is one forward pass. Its order is zero_grad, forward, backward, clip, step (by the optimizer hook),
     then checkpoint, averaged weights, timer and logs.
 
     Args:

@@ -14,7 +14,7 @@ from mmdet3d.registry import ConfigError, check_keys
 
 @HOOKS.register_module(name=("OptimizerHook", "GradientCumulativeOptimizerHook"))
 class OptimizerHook(Hook):
-    """After the forward pass: zero_grad, backward, clip, step.
+    """Before the forward pass zero_grad, which makes room; after it backward, clip, step.
 
     With ``cumulative_iters`` N the gradients of N iterations are averaged before a step; an iteration remains one
     forward pass, so N iterations are one step. A run that ends within such a group steps with what it has.
@@ -60,7 +60,9 @@ class OptimizerHook(Hook):
                               f"{self.cumulative_iters}; leave one of them out")
 
     def before_train_iter(self, runner: Any) -> None:
-        """Processes exchange gradients only in iterations that end with a step."""
+        """Drop the gradients of the last step. Processes exchange gradients only in iterations that end with one."""
+        if not self._pending:
+            runner.optimizer.zero_grad(set_to_none=True)
         if self.cumulative_iters > 1 and hasattr(runner.model, "require_backward_grad_sync"):
             runner.model.require_backward_grad_sync = self.steps_after(runner)
 
@@ -70,8 +72,6 @@ class OptimizerHook(Hook):
             self._pending = False
             return
         if not runner.outputs.get("backward_done", False):
-            if not self._pending:
-                runner.optimizer.zero_grad(set_to_none=True)
             loss = runner.outputs["loss"]
             (loss if self.cumulative_iters == 1 else loss / self.cumulative_iters).backward()
         self._pending = not self.steps_after(runner)

@@ -16,11 +16,12 @@ class ResNet(MMDetResNet):
 
     mmdet 2.28 checkpoints residual blocks without saying which of PyTorch's two ways it wants, which newer releases
     refuse. Here it is the re-entrant way, which, as in the published training, updates the running statistics of the
-    batch norms a second time when a block is recomputed.
+    batch norms a second time when a block is recomputed. All blocks of a stage are recomputed together, so that only
+    the output of the stage is kept.
 
     Args:
         *args: As mmdet's ResNet.
-        with_cp: Recompute every residual block in the backward pass to save memory.
+        with_cp: Recompute the residual blocks in the backward pass to save memory.
         **kwargs: As mmdet's ResNet.
     """
 
@@ -64,9 +65,10 @@ class ResNet(MMDetResNet):
         return self.maxpool(x)
 
     def _stage(self, x: Tensor, index: int) -> Tensor:
-        for block in getattr(self, self.res_layers[index]):
-            if self.with_cp and x.requires_grad:  # a block draws no random numbers whose state would have to be kept
-                x = checkpoint(block, x, use_reentrant=True, preserve_rng_state=False)
-            else:
-                x = block(x)
-        return x
+        blocks = list(getattr(self, self.res_layers[index]))
+        while blocks and not (self.with_cp and x.requires_grad):  # re-entrant: the input must ask for a gradient
+            x = blocks.pop(0)(x)
+        if not blocks:
+            return x
+        # The blocks draw no random numbers, whose state would have to be kept.
+        return checkpoint(nn.Sequential(*blocks), x, use_reentrant=True, preserve_rng_state=False)

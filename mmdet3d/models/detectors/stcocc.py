@@ -273,19 +273,15 @@ class STCOcc(BaseDetector):
         Raises:
             ValueError: a target is missing.
         """
+        self._check_targets(voxel_flows, targets)
         prediction, features = self.run(img_inputs, img_metas, self.memory)
-        losses = self.losses(prediction, features.depth, gt_depth, voxel_semantics, voxel_flows, **targets)
-        self.memory = prediction.memory
-        return losses
+        self.memory = prediction.memory  # before the losses, which need the room that the former memory took
+        return self.losses(prediction, features.depth, gt_depth, voxel_semantics, voxel_flows, **targets)
 
     def losses(self, prediction: Prediction, depth: Tensor, gt_depth: Tensor, voxel_semantics: Tensor,
                voxel_flows: Tensor | None = None, **targets: Any) -> dict[str, Tensor]:
         """Losses of a prediction with depth probability [B * N, D, h, w]; targets as :meth:`forward_train`."""
-        names = [f"voxel_semantics_1_{2 ** (s + 1)}" for s in range(self.num_stage)]
-        if missing := [name for name in names if targets.get(name) is None]:
-            raise ValueError(f"training needs {missing}; got {sorted(targets)}")
-        if self.flow_head is not None and voxel_flows is None:
-            raise ValueError("training needs voxel_flows, because the model has a flow head")
+        names = self._check_targets(voxel_flows, targets)
         transform = self.forward_projection.img_view_transformer
         losses = {"loss_depth": depth_loss(depth, gt_depth, transform.downsample, transform.depth_range,
                                            transform.loss_depth_weight)}
@@ -295,6 +291,15 @@ class STCOcc(BaseDetector):
             losses["loss_flow"] = flow_loss(prediction.flow, voxel_flows, voxel_semantics, self.foreground_idx,
                                             self.flow_loss_weight)
         return losses
+
+    def _check_targets(self, voxel_flows: Tensor | None, targets: Mapping[str, Any]) -> list[str]:
+        """Names of the coarser scales' targets; refuses a batch that lacks one."""
+        names = [f"voxel_semantics_1_{2 ** (s + 1)}" for s in range(self.num_stage)]
+        if missing := [name for name in names if targets.get(name) is None]:
+            raise ValueError(f"training needs {missing}; got {sorted(targets)}")
+        if self.flow_head is not None and voxel_flows is None:
+            raise ValueError("training needs voxel_flows, because the model has a flow head")
+        return names
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
