@@ -133,7 +133,8 @@ class TemporalMemory:
 
     Attributes:
         histories: One tensor per stage, finest first, [B, V, T * C]: for each of the V voxels (flat index
-            ``(z * Y + y) * X + x``) the fused features of T frames, newest first. Float32, no gradient.
+            ``(z * Y + y) * X + x``) the fused features of T frames, newest first. No gradient; float32, or the dtype
+            of autocast if the frame was computed with it.
         sizes: (Z, Y, X) of each stage.
         channels: C.
         bda: [B, 4, 4] BEV augmentation of the newest frame, on the CPU.
@@ -170,6 +171,11 @@ class TemporalMemory:
         """The same memory with histories and features on another device; the small host-side entries stay."""
         return replace(self, histories=tuple(h.to(device) for h in self.histories),
                        features=None if self.features is None else self.features.to(device))
+
+    def in_precision(self, dtype: torch.dtype | None) -> TemporalMemory:
+        """The same memory as steps under autocast to ``dtype`` keep it; None: without autocast. See ``histories``."""
+        return replace(self, histories=tuple(
+            h.to(torch.promote_types(h.dtype, torch.float32) if dtype is None else dtype) for h in self.histories))
 
     def narrow(self, count: int) -> TemporalMemory:
         """Views of the first ``count`` batch slots: for a batch from which the last sequences have disappeared.

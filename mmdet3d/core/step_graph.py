@@ -197,7 +197,8 @@ class StepGraph:
         if memory is None:
             return None
         if not self._sides:
-            self._sides = [memory.histories, tuple(torch.empty_like(history) for history in memory.histories)]
+            held = memory.in_precision(self.dtype).histories
+            self._sides = [held, tuple(torch.empty_like(history) for history in held)]
             self._side = 0
         side = self._sides[self._side]
         for mine, theirs in zip(side, memory.histories, strict=True):

@@ -15,6 +15,12 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 """Values of a config's ``precision``: the type that :func:`torch.autocast` uses in the forward pass."""
 
 
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that autocast calculates in on the device of ``tensor``; without autocast that of ``tensor``."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorator: run a function without autocast, as geometry must be (half precision moves points by metres)."""
 

@@ -138,7 +138,7 @@ class BEVFormerBackwardProjection(BaseModule):
 
     def _previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
         """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation."""
-        bev = volume.mean(2)
+        bev = volume.mean(2, dtype=torch.promote_types(volume.dtype, torch.float32))  # a memory can be less precise
         if self.always_flip_previous:
             bev = bev.flip(2, 3)
         else:

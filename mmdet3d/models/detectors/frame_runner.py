@@ -141,7 +141,7 @@ class FrameRunner:
         """Make ``memory`` what the next recording reads."""
         if not self._fits(memory):
             self._recordings.clear()
-            self._sides = [memory.clone(), memory.clone()]
+            self._sides = [memory.in_precision(self.dtype).clone() for _ in range(2)]
             self._side = 0
         else:
             _copy_memory(self._sides[self._side], memory)

@@ -271,9 +271,9 @@ class STCOcc(BaseDetector):
                 labels may be there and are ignored.
 
         Raises:
-            ValueError: a target is missing.
+            ValueError: a target is missing or has another shape; the memory is as before then.
         """
-        self._check_targets(voxel_flows, targets)
+        self._check_targets(len(img_metas), voxel_semantics, voxel_flows, targets)
         prediction, features = self.run(img_inputs, img_metas, self.memory)
         self.memory = prediction.memory  # before the losses, which need the room that the former memory took
         return self.losses(prediction, features.depth, gt_depth, voxel_semantics, voxel_flows, **targets)
@@ -281,25 +281,31 @@ class STCOcc(BaseDetector):
     def losses(self, prediction: Prediction, depth: Tensor, gt_depth: Tensor, voxel_semantics: Tensor,
                voxel_flows: Tensor | None = None, **targets: Any) -> dict[str, Tensor]:
         """Losses of a prediction with depth probability [B * N, D, h, w]; targets as :meth:`forward_train`."""
-        names = self._check_targets(voxel_flows, targets)
+        coarser = self._check_targets(len(voxel_semantics), voxel_semantics, voxel_flows, targets)
         transform = self.forward_projection.img_view_transformer
         losses = {"loss_depth": depth_loss(depth, gt_depth, transform.downsample, transform.depth_range,
                                            transform.loss_depth_weight)}
         losses.update(self.voxel_losses([prediction.semantic_logits, *prediction.stage_logits],
-                                        [voxel_semantics, *(targets[name] for name in names)]))
+                                        [voxel_semantics, *coarser]))
         if prediction.flow is not None:
             losses["loss_flow"] = flow_loss(prediction.flow, voxel_flows, voxel_semantics, self.foreground_idx,
                                             self.flow_loss_weight)
         return losses
 
-    def _check_targets(self, voxel_flows: Tensor | None, targets: Mapping[str, Any]) -> list[str]:
-        """Names of the coarser scales' targets; refuses a batch that lacks one."""
+    def _check_targets(self, batch: int, voxel_semantics: Tensor, voxel_flows: Tensor | None,
+                       targets: Mapping[str, Any]) -> list[Tensor]:
+        """The coarser scales' targets, finest first; refuses what is missing or has another shape."""
         names = [f"voxel_semantics_1_{2 ** (s + 1)}" for s in range(self.num_stage)]
         if missing := [name for name in names if targets.get(name) is None]:
             raise ValueError(f"training needs {missing}; got {sorted(targets)}")
         if self.flow_head is not None and voxel_flows is None:
             raise ValueError("training needs voxel_flows, because the model has a flow head")
-        return names
+        coarser = [targets[name] for name in names]
+        sizes = [tuple(2 * n for n in self.grids[0].size_xyz), *(grid.size_xyz for grid in self.grids)]
+        for name, target, size in zip(["voxel_semantics", *names], [voxel_semantics, *coarser], sizes, strict=True):
+            if tuple(target.shape) != (batch, *size):
+                raise ValueError(f"{name} must have the shape {[batch, *size]} [B, X, Y, Z], got {list(target.shape)}")
+        return coarser
 
     # ---- inference ------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,18 @@ from mmdet3d.models.temporal.volume_warp import gather_rows, previous_index_from
 from mmdet3d.ops.history_warp import history_warp, trilinear_taps
 from mmdet3d.registry import HEADS
 from mmdet3d.structures import VoxelGrid
-from mmdet3d.utils.precision import full_precision
+from mmdet3d.utils.precision import full_precision, working_dtype
 
 
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, out_features), nn.Softplus(), nn.Linear(out_features, out_features))
+
+
+def _history_dtype(volume: Tensor) -> torch.dtype:
+    """That of autocast; without it at least float32."""
+    dtype = working_dtype(volume)
+    autocast = torch.is_autocast_enabled(volume.device.type)
+    return dtype if autocast else torch.promote_types(dtype, torch.float32)
 
 
 def _mlp_of_parts(mlp: nn.Sequential, parts: Sequence[Tensor], fresh: Tensor | None = None) -> Tensor:
@@ -28,8 +35,7 @@ def _mlp_of_parts(mlp: nn.Sequential, parts: Sequence[Tensor], fresh: Tensor | N
         fresh: [N, C] zeros that stand for each of the history's slots in the backward pass, or None.
     """
     linear = mlp[0]
-    device = linear.weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
+    dtype = working_dtype(linear.weight)
     weights = linear.weight.split([part.shape[1] for part in parts], 1)
     products = list(zip(parts, weights, strict=True))
     if fresh is not None:
@@ -89,6 +95,7 @@ class SparseFusion(BaseModule):
             logits: [B, X, Y, Z, K] detached stage logits.
             occupied: [B, Z, Y, X] occupied probability of the stage.
             history: [B, V, T * C] of the previous frame, see :class:`TemporalMemory`; None before the first frame.
+                Brought to the dtype of the new one if it has another.
             grid: Voxel grid of the stage.
             starts: Whether a sequence starts, for each of the B slots.
             index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume, see
@@ -99,7 +106,8 @@ class SparseFusion(BaseModule):
 
         Returns:
             The fused volume [B, C, Z, Y, X], channels-last in memory, and the new history [B, V, T * C] without
-            gradient. Where a sequence starts, the history is the current volume, with gradient, in every slot.
+            gradient, in the dtype of autocast where that is on, in which it is read. Where a sequence starts, the
+            history is the current volume, with gradient, in every slot.
 
         Raises:
             ValueError: the grid has fewer than ``top_k`` voxels, or ``history_out`` does not fit.
@@ -111,6 +119,8 @@ class SparseFusion(BaseModule):
             raise ValueError("history_out must be contiguous and must not require a gradient")
         current = volume.flatten(2).transpose(1, 2).contiguous()  # [B, V, C]
         embedding = self.occ_embedding(logits.permute(0, 3, 2, 1, 4).flatten(0, 3))
+        if history is not None:
+            history = history.to(_history_dtype(volume))
         foreground, background = self._select(occupied.flatten(1), top_k)
         new, oldest = self._warp(current, history, grid.size_zyx, starts, index_matrix, foreground, history_out)
         fresh = self._restart_gradient(current, grid.size_zyx, starts, index_matrix)
@@ -151,8 +161,8 @@ class SparseFusion(BaseModule):
               index_matrix: Tensor, foreground: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
         """New history [B, V, T, C], slot 0 to be filled, and what leaves it, at the foreground voxels [B, K, C]."""
         slots = (self.history_num, self.channels)
-        dtype = torch.promote_types(current.dtype, torch.float32) if history is None else history.dtype
-        own = current.detach().to(dtype)[:, :, None].expand(-1, -1, *slots)  # its own past: one volume for all slots
+        # Its own past: one volume for all slots.
+        own = current.detach().to(_history_dtype(current))[:, :, None].expand(-1, -1, *slots)
         new = own.new_empty(own.shape) if out is None else out.unflatten(2, slots)
         if history is None or all(starts):
             return history_warp(own, index_matrix, size_zyx, oldest_at=foreground, out=new)

@@ -43,6 +43,9 @@ def test_inference_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         result, memory = model.predict(batch["img_inputs"], batch["img_metas"])
     assert result["occ_results"].any()
+    assert all(history.dtype == torch.bfloat16 for history in memory.histories)
+    with torch.no_grad():  # and on without
+        _, memory = model.predict(batch["img_inputs"], batch["img_metas"], memory)
     assert all(history.dtype == torch.float32 for history in memory.histories)
 
 

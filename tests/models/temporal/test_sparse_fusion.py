@@ -280,12 +280,18 @@ def test_memory_formats(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_history_in_half_precision_stays_so(device, dtype):
-    module, history = make().to(device), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS, device=device)
-    expected, expected_history = one_step(module, device, history.to(dtype).float())
-    output, new = one_step(module, device, history.to(dtype))
-    assert new.dtype == dtype and output.dtype == torch.float32
-    torch.testing.assert_close(output, expected, atol=3e-2, rtol=3e-2)
+def test_the_history_is_kept_in_the_precision_of_the_step(device, dtype):
+    module, history = make().to(device), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS, device=device).to(dtype)
+    expected, expected_history = one_step(module, device, history.float())
+    output, new = one_step(module, device, history)  # comes out of a step under autocast, goes on without
+    assert new.dtype == output.dtype == torch.float32
+    assert torch.equal(output, expected) and torch.equal(new, expected_history)
+    with torch.autocast(device, dtype=dtype):
+        half, new = one_step(module, device, history)
+        also, same = one_step(module, device, history.float())
+    assert new.dtype == dtype and half.dtype == torch.float32
+    assert torch.equal(also, half) and torch.equal(same, new)
+    torch.testing.assert_close(half, expected, atol=5e-2, rtol=5e-2)
     torch.testing.assert_close(new.float(), expected_history, atol=3e-2, rtol=3e-2)
 
 
@@ -294,9 +300,9 @@ def test_autocast(device):
     expected, expected_history = one_step(module, device, history)
     with torch.autocast(device, dtype=torch.bfloat16):
         output, new = one_step(module, device, history)
-    assert output.dtype == new.dtype == torch.float32 and not torch.equal(output, expected)
+    assert output.dtype == torch.float32 and new.dtype == torch.bfloat16 and not torch.equal(output, expected)
     torch.testing.assert_close(output, expected, atol=5e-2, rtol=5e-2)
-    torch.testing.assert_close(new[..., CHANNELS:], expected_history[..., CHANNELS:], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(new.float(), expected_history, atol=3e-2, rtol=3e-2)
     output.square().sum().backward()
     assert all(weight.grad.dtype == torch.float32 for weight in module.parameters())
 
