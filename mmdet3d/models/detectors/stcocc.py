@@ -22,7 +22,7 @@ from mmdet3d.models.detectors.memory_check import MemoryLayout, check_memory
 from mmdet3d.models.detectors.stage_configs import stage_configs
 from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
-from mmdet3d.models.view_transforms.forward_projection import KeyFeatures
+from mmdet3d.models.view_transforms.forward_projection import FrameFeatures, KeyFeatures
 from mmdet3d.models.view_transforms.geometry import LiftGeometry
 from mmdet3d.registry import DETECTORS, ConfigError, build
 from mmdet3d.structures import FrameCache, TemporalMemory
@@ -187,14 +187,20 @@ class STCOcc(BaseDetector):
                               pinned=torch.device(device).type == "cuda")
 
     def compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None,
-                histories_out: Sequence[Tensor] | None = None) -> tuple[Prediction, ForwardFeatures]:
-        """The device's part of a frame. Arguments as :meth:`run`, and the plan on the device of the images.
+                histories_out: Sequence[Tensor] | None = None, newest: FrameFeatures | None = None
+                ) -> tuple[Prediction, ForwardFeatures]:
+        """The device's part of a frame.
 
-        ``histories_out`` are the tensors that the new memory's histories are written to, in memory of their own. A
-        backward pass reads them; write them again only after that. Default: new ones.
+        Args:
+            images: See :meth:`run`.
+            plan: Of the frame, on the device of the images.
+            memory: What the previous frame returned; None at first.
+            histories_out: Tensors that the new memory's histories are written to, in memory of their own. A backward
+                pass reads them too. Default: new ones.
+            newest: Features of the newest pictures, see ``forward`` of :class:`BEVDetStereoForwardProjection`.
         """
         cache = None if memory is None else memory.features
-        features = self.forward_projection(images, plan.lifts, plan.reuse, cache)
+        features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest)
         return self.cascade(features, plan, memory, histories_out), features
 
     def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None,

@@ -41,8 +41,13 @@ class KeyFeatures(NamedTuple):
     matching: Tensor | None
 
 
-class _FrameFeatures(NamedTuple):
-    """Backbone output of one frame."""
+class FrameFeatures(NamedTuple):
+    """Features of the pictures of one frame.
+
+    Attributes:
+        stereo: [B * N, C4, H4, W4] first output of the backbone.
+        neck: [B * N, C, h, w] output of the neck; None for a frame that is only matched with.
+    """
 
     stereo: Tensor
     neck: Tensor | None
@@ -121,8 +126,16 @@ class BEVDetStereoForwardProjection(BaseModule):
         poses = [(cameras[0] if self.legacy_adjacent_extrinsics else camera).key_ego_from_camera for camera in lifted]
         return transform.geometry(CameraFrame.stack(lifted), torch.cat(poses), img_inputs[5].repeat(len(lifted), 1, 1))
 
+    def newest_pictures(self, images: Tensor) -> Tensor:
+        """[B * N, 3, H, W] those of the newest frame, a view if B is 1, of images as :meth:`forward` takes them."""
+        return images[:, :: self.num_frames].flatten(0, 1)
+
+    def newest_alone(self, reuse: FeatureReuse) -> bool:
+        """Whether of all pictures only those of the newest frame go through the network."""
+        return self._frames_to_compute(reuse, 2 if self.with_prev else 1) == ([0], [])
+
     def forward(self, images: Tensor, geometry: LiftGeometry, reuse: FeatureReuse = NO_REUSE,
-                cache: FrameCache | None = None) -> ForwardFeatures:
+                cache: FrameCache | None = None, newest: FrameFeatures | None = None) -> ForwardFeatures:
         """Voxel features, depth and context of one sample per batch slot.
 
         Args:
@@ -130,10 +143,12 @@ class BEVDetStereoForwardProjection(BaseModule):
             geometry: That of the lifted frames, see :meth:`geometry`, on the device of the images.
             reuse: In evaluation without gradient: which features are there already.
             cache: Where those of the sample before are.
+            newest: :meth:`frame_features` of :meth:`newest_pictures`, for evaluation, if they were computed before;
+                only where :meth:`newest_alone` says so. The images are not read then.
         """
         frames = [frame.flatten(0, 1) for frame in images.unflatten(1, (self.num_cams, self.num_frames)).unbind(2)]
         lift = self._lift_one_by_one if self.training or torch.is_grad_enabled() else self._lift_together
-        volume, depth, context, features = lift(frames, geometry, reuse, cache)
+        volume, depth, context, features = lift(frames, geometry, reuse, cache, newest)
         volumes = self.img_bev_encoder_backbone(volume)
         if hasattr(self, "adjust_channel_conv"):
             context = self.adjust_channel_conv(context)
@@ -158,11 +173,12 @@ class BEVDetStereoForwardProjection(BaseModule):
         return torch.cat([earlier_volume, volume], 1), depth, context, None
 
     def _lift_together(self, images: list[Tensor], geometry: LiftGeometry, reuse: FeatureReuse,
-                       cache: FrameCache | None) -> tuple[Tensor, Tensor, Tensor, KeyFeatures | None]:
+                       cache: FrameCache | None, newest: FrameFeatures | None
+                       ) -> tuple[Tensor, Tensor, Tensor, KeyFeatures | None]:
         """Both frames in one pass through the depth net, with what is there already."""
         transform, entries = self.img_view_transformer, len(images[0])
         lifted = len(geometry.rays) * self.num_cams // entries  # frames, the key frame last
-        frames = self._features(images, reuse, cache, lifted)
+        frames = self._features(images, reuse, cache, lifted, newest)
         matches = self._matches(frames, geometry, reuse, cache, lifted)
         neck = torch.cat([frames[f].neck for f in reversed(range(lifted))])
         matching = torch.cat(matches[::-1]) if matches else None
@@ -173,30 +189,34 @@ class BEVDetStereoForwardProjection(BaseModule):
         features = KeyFeatures(*frames[0], matches[0] if matches else None) if reuse.remember else None
         return volume.transpose(0, 1).flatten(1, 2), depth[-entries:], context[-entries:], features
 
-    def _features(self, images: list[Tensor], reuse: FeatureReuse, cache: FrameCache | None, lifted: int
-                  ) -> list[_FrameFeatures]:
-        """Features of the frames, newest first; of a frame that is only matched with, the stereo feature alone."""
+    def _frames_to_compute(self, reuse: FeatureReuse, lifted: int) -> tuple[list[int], list[int]]:
+        """Frames that need both features, and those that are only matched with, which need the stereo feature."""
         stereo = self.img_view_transformer.has_cost_volume
-        full = [f for f in range(lifted) if reuse.frames[f] == f]
-        partial = [f for f in range(lifted, lifted + 1)
-                   if stereo and reuse.frames[f] == f and reuse.pairs[f - 1] == f - 1]
+        return ([f for f in range(lifted) if reuse.frames[f] == f],
+                [f for f in range(lifted, lifted + 1)
+                 if stereo and reuse.frames[f] == f and reuse.pairs[f - 1] == f - 1])
+
+    def _features(self, images: list[Tensor], reuse: FeatureReuse, cache: FrameCache | None, lifted: int,
+                  newest: FrameFeatures | None) -> list[FrameFeatures]:
+        """Features of the frames, newest first; of a frame that is only matched with, the stereo feature alone."""
+        full, partial = self._frames_to_compute(reuse, lifted) if newest is None else ([], [])
         batches = [full + partial] if images[0].is_cuda else [[f] for f in full + partial]
-        computed = {CACHED: None if cache is None else _FrameFeatures(cache.stereo, cache.neck)}
+        computed = {CACHED: None if cache is None else FrameFeatures(cache.stereo, cache.neck), 0: newest}
         for batch in filter(None, batches):
             features = self._batch_features([images[f] for f in batch], sum(f in full for f in batch))
             computed.update(zip(batch, features, strict=True))
         return [computed.get(source) for source in reuse.frames[: lifted + 1]]
 
-    def _batch_features(self, images: list[Tensor], full: int) -> list[_FrameFeatures]:
+    def _batch_features(self, images: list[Tensor], full: int) -> list[FrameFeatures]:
         """Features of frames in one pass, the neck for the first ``full`` ones."""
         stereo = self.img_backbone.first_stage(torch.cat(images) if len(images) > 1 else images[0])
         entries, necks = len(images[0]), ()
         if full:
             neck = self.img_neck(self.img_backbone.later_stages(stereo[: full * entries]))
             necks = (neck[0] if isinstance(neck, list | tuple) else neck).split(entries)
-        return [_FrameFeatures(*features) for features in zip_longest(stereo.split(entries), necks)]
+        return [FrameFeatures(*features) for features in zip_longest(stereo.split(entries), necks)]
 
-    def _matches(self, frames: list[_FrameFeatures], geometry: LiftGeometry, reuse: FeatureReuse,
+    def _matches(self, frames: list[FrameFeatures], geometry: LiftGeometry, reuse: FeatureReuse,
                  cache: FrameCache | None, lifted: int) -> list[Tensor]:
         """Stereo matching of each lifted frame, newest first; none without stereo."""
         if geometry.sweep is None:
@@ -212,8 +232,8 @@ class BEVDetStereoForwardProjection(BaseModule):
                 matches.append(self.img_view_transformer.matching(frames[f].stereo, frames[f + 1].stereo, sweep))
         return matches
 
-    def frame_features(self, images: Tensor) -> _FrameFeatures:
+    def frame_features(self, images: Tensor) -> FrameFeatures:
         """Stereo feature (first backbone output) and neck feature of images [M, 3, H, W]."""
         stereo, *deep = self.img_backbone(images)
         neck = self.img_neck(deep)
-        return _FrameFeatures(stereo, neck[0] if isinstance(neck, list | tuple) else neck)
+        return FrameFeatures(stereo, neck[0] if isinstance(neck, list | tuple) else neck)

@@ -89,6 +89,31 @@ def test_frames_are_recorded_and_replayed(keys):
     assert_equal(results, run(FrameRunner(model, graphs=False), samples, "cuda")[0])
 
 
+def shared_pictures(steps, jump=None):
+    """Samples of which each shows the pictures of the two before again; from ``jump`` on other ones, in one sequence."""
+    samples = []
+    for step in range(steps):
+        first = 0 if jump is None or step < jump else jump
+        records = [max(step - back, first) for back in range(3)]
+        inputs, metas = tiny.frame(step, starts=[step == 0], sequences=(1,), batch=1)
+        inputs[0] = torch.stack([torch.randn(1, tiny.CAMS, 3, *tiny.IMAGE, generator=torch.Generator().manual_seed(r))
+                                 for r in records], 2).flatten(1, 2)
+        inputs[5] = torch.eye(4)[None]
+        metas[0]["image_keys"] = tuple((0, first, record) for record in records)
+        samples.append((inputs, metas))
+    return samples
+
+
+@pytest.mark.cuda
+def test_recordings_in_two_parts():
+    """The pictures begin before the plan is there; where they were begun in vain, nothing comes of it."""
+    model, samples = tiny.build().cuda(), shared_pictures(15, jump=9)
+    runner = FrameRunner(model)
+    results, _ = run(runner, samples, "cuda")
+    assert runner.graphs and [r.pictures is not None for r in runner._recordings.values()] == [True, True]
+    assert_equal(results, run(FrameRunner(model, graphs=False), samples, "cuda")[0])
+
+
 @pytest.mark.cuda
 def test_a_memory_from_elsewhere_is_taken_in():
     model, samples = tiny.build().cuda(), frames(steps=8)

@@ -102,6 +102,24 @@ def test_the_memory_takes_the_features_along(model):
     torch.testing.assert_close(reused.semantic_logits, plain.semantic_logits)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_newest_pictures_can_go_first(model, batch):
+    network = model.forward_projection
+    with torch.no_grad():
+        memory = model.run(*sample((1, 0, -1), False, batch))[0].memory
+        inputs, metas = sample((2, 1, 0), False, batch)
+        plan = model.plan(inputs, metas, memory)
+        assert network.newest_alone(plan.reuse)
+        assert not network.newest_alone(model.plan(inputs, metas, None).reuse)
+        torch.manual_seed(0)
+        expected, _ = model.compute(inputs[0], plan, memory)
+        newest = network.frame_features(network.newest_pictures(inputs[0]))
+        torch.manual_seed(0)
+        found, _ = model.compute(torch.full_like(inputs[0], torch.nan), plan, memory, newest=newest)
+    assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
+    assert torch.equal(found.memory.features.stereo, expected.memory.features.stereo)
+
+
 def test_training_and_gradients_do_without(model):
     inputs, metas = sample((1, 0, -1), False)
     prediction, _ = model.run(inputs, metas)

@@ -262,6 +262,10 @@ at::Tensor as_rows(const at::Tensor& map) {
 at::Tensor sweep(const at::Tensor& current, const at::Tensor& reference, const Geometry& geometry,
                  const Options& options, double min_depth, bool probabilities) {
   const c10::cuda::CUDAGuard guard(current.device());
+  if (current.scalar_type() == at::kHalf || current.scalar_type() == at::kBFloat16) {
+    // Converted once: in the loop over depths the conversions would cost more than the wider reads.
+    return sweep(current.to(at::kFloat), reference.to(at::kFloat), geometry, options, min_depth, probabilities);
+  }
   const int64_t cameras = current.size(0), height = current.size(2), width = current.size(3);
   const int64_t num_depths = geometry.depths.size(0);
   const at::ScalarType dtype = at::promote_types(current.scalar_type(), at::kFloat);
@@ -274,7 +278,7 @@ at::Tensor sweep(const at::Tensor& current, const at::Tensor& reference, const G
   TORCH_CHECK((height + 2) * (width + 2) <= kLimit && blocks <= kLimit, "plane_sweep: ", height, " x ", width,
               " pixels of ", cameras, " cameras are more than one launch can serve");
   const Steps steps = prepare_steps(geometry, height, width, dtype, min_depth);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, current.scalar_type(), "plane_sweep_cuda", [&] {
+  AT_DISPATCH_FLOATING_TYPES(current.scalar_type(), "plane_sweep_cuda", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const at::Tensor now = as_rows<scalar_t>(current), before = as_rows<scalar_t>(reference);
     const Maps<scalar_t> maps{
