@@ -130,7 +130,9 @@ class StepGraph:
                 ) -> tuple[Tensor, dict[str, float]]:
         arguments = images, targets, plan, memory
         if not self.graphs or memory is None or any(plan.meta.starts):
-            return self._eager(*arguments)
+            with self._in_pool():
+                loss, log_vars = self._eager(*arguments)
+            return loss.clone(), log_vars
         shapes = sorted((name, tuple(target.shape), target.dtype) for name, target in targets.items())
         kind = (plan.signature, tuple(images.shape), images.dtype, tuple(map(str, shapes)))
         self._seen[kind] = self._seen.get(kind, 0) + 1
@@ -186,6 +188,25 @@ class StepGraph:
         finally:
             current.wait_stream(self._stream)
 
+    @contextmanager
+    def _in_pool(self) -> Iterator[None]:
+        """In the memory of the recordings, which lies idle between replays; what stays longer must be copied.
+
+        Without, a step of this kind would hold as much again. The stream decides, because gradients are computed by
+        threads of PyTorch's own.
+        """
+        if not self._recordings:
+            yield
+            return
+        index = self._stream.device_index
+        with self._beside():
+            torch._C._cuda_beginAllocateCurrentStreamToPool(index, self._pool)
+            try:
+                yield
+            finally:
+                torch._C._cuda_endAllocateToPool(index, self._pool)
+                torch._C._cuda_releasePool(index, self._pool)
+
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def _in_place(self, memory: TemporalMemory | None, batch: int) -> TemporalMemory | None:
@@ -229,6 +250,8 @@ class StepGraph:
         self._gradients = self._gradients or [torch.empty_like(parameter) for parameter in self._parameters]
         self._drop_gradients()
         gc.collect()  # what still refers to a finished step would tie this one to its stream
+        if not self._recordings:
+            torch.cuda.empty_cache()  # the recordings have memory of their own
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
