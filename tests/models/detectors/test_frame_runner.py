@@ -90,7 +90,7 @@ def test_frames_are_recorded_and_replayed(keys):
 
 
 def shared_pictures(steps, jump=None):
-    """Samples of which each shows the pictures of the two before again; from ``jump`` on other ones, in one sequence."""
+    """Samples of which each shows the pictures of the two before again; from ``jump`` on others, still one sequence."""
     samples = []
     for step in range(steps):
         first = 0 if jump is None or step < jump else jump
