@@ -85,6 +85,17 @@ def test_the_real_model_goes_on_to_the_bit_in_a_new_process(tmp_path):
     assert_same(read_checkpoint(parts / "iter_4_ema.pth"), read_checkpoint(whole / "iter_4_ema.pth"))
 
 
+@pytest.mark.cuda
+def test_a_gpu_goes_on_to_the_bit_in_deterministic_mode(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"small": False, "device": "cuda", "deterministic": True}
+    done = training_run.run_script((whole, options), (parts, {**options, "max_iters": 4}),
+                                   (parts, {**options, "resume": "latest"}))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert training_run.read_losses(parts) == training_run.read_losses(whole)
+    assert_same(whole_state(parts / "iter_6.pth"), whole_state(whole / "iter_6.pth"))
+
+
 @pytest.mark.parametrize("options", [{}, {"batch": 2, "workers": 1}, {"cumulative_iters": 2}])
 def test_every_break_gives_the_same_training(tmp_path, options):
     training_run.start(tmp_path / "whole", **options)

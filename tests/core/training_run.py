@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/models/detecto
 import tiny_model  # noqa: E402
 from processes import run_job  # noqa: E402
 
+from mmdet3d.apis.train import set_random_seed  # noqa: E402
 from mmdet3d.core.checkpointing import find_latest  # noqa: E402
 from mmdet3d.core.parallel import DistributedModel, leave_distributed  # noqa: E402
 from mmdet3d.core.runner import TrainRunner  # noqa: E402
@@ -130,11 +131,10 @@ def run_script(*runs, processes=1):
 
 def start(work_dir, *, small=True, max_iters=6, interval=2, keep=-1, workers=0, batch=1, resume=None, seed=0,
           finite_loss=None, nan_at=(), ema=None, custom_hooks=(), cumulative_iters=1, save_memory=True, lengths=LENGTHS,
-          **resume_options):
+          device="cpu", deterministic=False, **resume_options):
     """Build everything, train, and return the runner."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    model = Small() if small else build_model(tiny_model.config())
+    set_random_seed(seed, deterministic)
+    model = (Small() if small else build_model(tiny_model.config())).to(device)
     rank, world_size = 0, 1
     if torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
