@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdet3d.utils.precision import working_dtype
+
 TOLERANCE = 2e-2
 """Accepted difference of a fused kernel, as a part of the largest value: convolutions may use 8 bits (bfloat16)."""
 
@@ -50,12 +52,10 @@ class FusedConv(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[M, C, ...] -> [M, C', ...]; ``residual`` [M, C', ...] is added before the ReLU."""
         weight, bias = self.weight, self.bias
-        if x.is_cuda and x.dim() == 5:
-            x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = as_input(x)
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            weight, bias = self._in_dtype(dtype)
-            x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+            weight, bias = self._in_dtype(x.dtype)
+            residual = None if residual is None else residual.to(x.dtype)
         if self.relu and x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad):
             if self.one_kernel is None and not torch.cuda.is_current_stream_capturing():
                 self.one_kernel = self._agrees(x, weight, bias, residual)
@@ -129,6 +129,13 @@ class FusedConv(nn.Module):
                 f"groups={self.groups}, relu={self.relu}")
 
 
+def as_input(x: Tensor) -> Tensor:
+    """``x`` as a :class:`FusedConv` takes it: in the dtype of autocast, 3D volumes on a GPU channels-last; one copy."""
+    if x.is_cuda and x.dim() == 5:
+        return x.to(working_dtype(x), memory_format=torch.channels_last_3d)
+    return x.to(working_dtype(x))
+
+
 class FusedBlock(nn.Module):
     """Residual block: convolutions with a ReLU each, the last one after the shortcut is added.
 
@@ -148,6 +155,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, C, ...] -> [M, C', ...]."""
+        x = as_input(x)  # once for both paths
         residual = x if self.shortcut is None else self.shortcut(x)
         *first, last = self.convs
         for conv in first:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -19,6 +20,18 @@ def working_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that autocast calculates in on the device of ``tensor``; without autocast that of ``tensor``."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+class Softplus(nn.Softplus):
+    """Softplus in the dtype of its input, under autocast too; calculated in float32 at least.
+
+    Autocast would hand on float32, which the linear layer behind rounds to the same numbers again.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[...] -> [...]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
 
 
 def full_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -62,7 +62,7 @@ def run(step, model, samples, learning_rate=0.0):
         records.append((dict(outputs["log_vars"]), float(outputs["loss"].detach()), gradients, model.memory.clone()))
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.grad is not None:
+                if parameter.grad is not None and learning_rate:  # an arbitrary gradient (below) can be NaN
                     parameter -= learning_rate * parameter.grad.clamp(-1, 1)
     return records
 

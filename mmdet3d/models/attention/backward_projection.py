@@ -14,6 +14,11 @@ from mmdet3d.registry import HEADS, build
 from mmdet3d.utils.precision import full_precision
 
 
+def _height_mean(volume: Tensor) -> Tensor:
+    """Mean over Z of [B, C, Z, Y, X], in float32 at least."""
+    return volume.mean(2, dtype=torch.promote_types(volume.dtype, torch.float32))
+
+
 def upsample_logits(logits: Tensor) -> Tensor:
     """Trilinear x2 of logits [B, X, Y, Z, K] -> [B, 2 X, 2 Y, 2 Z, K]."""
     volume = F.interpolate(logits.permute(0, 4, 1, 2, 3), scale_factor=2, mode="trilinear", align_corners=False)
@@ -107,7 +112,7 @@ class BEVFormerBackwardProjection(BaseModule):
         Returns:
             BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
         """
-        query = volume.mean(2).flatten(2).transpose(1, 2)
+        query = _height_mean(volume).flatten(2).transpose(1, 2)
         previous = None
         if previous_volume is not None:
             previous = self._previous_map(previous_volume, previous_flips)
@@ -138,7 +143,7 @@ class BEVFormerBackwardProjection(BaseModule):
 
     def _previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
         """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation."""
-        bev = volume.mean(2, dtype=torch.promote_types(volume.dtype, torch.float32))  # a memory can be less precise
+        bev = _height_mean(volume)
         if self.always_flip_previous:
             bev = bev.flip(2, 3)
         else:

@@ -6,6 +6,8 @@ import torch
 from mmdet.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 
+from mmdet3d.utils.precision import Softplus
+
 
 class OccupancyPredictor(nn.Module):
     """Class logits of every voxel from a BEV map.
@@ -23,7 +25,7 @@ class OccupancyPredictor(nn.Module):
         self.num_classes = num_classes
         self.bev_conv = BasicBlock(in_channels, in_channels)
         self.predicter = nn.Sequential(
-            nn.Linear(in_channels, 2 * out_channels), nn.Softplus(),
+            nn.Linear(in_channels, 2 * out_channels), Softplus(),
             nn.Linear(2 * out_channels, num_heights * num_classes))
 
     def forward(self, bev: Tensor) -> Tensor:

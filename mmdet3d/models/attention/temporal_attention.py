@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmdet3d.models.attention.deformable_init import init_projection, init_sampling_offsets, init_zero
 from mmdet3d.ops import ms_deform_attn
 from mmdet3d.registry import ATTENTION
+from mmdet3d.utils.precision import working_dtype
 
 
 def scrambled_mean(output: Tensor, num_queue: int) -> Tensor:
@@ -93,7 +94,8 @@ class OA_TemporalAttention(BaseModule):  # noqa: N801  (name used by config file
         batch, num_query, _ = query.shape
         history = values[:batch] if self.interleaved_history_rows else values[:: self.num_queue]
         guide = torch.cat([history, query + query_pos], -1)
-        offsets = self.sampling_offsets(torch.cat([guide, visibility.mean(-1, keepdim=True)], -1))
+        guide = guide.to(working_dtype(guide))  # once for both layers
+        offsets = self.sampling_offsets(torch.cat([guide, visibility.mean(-1, keepdim=True).to(guide.dtype)], -1))
         weights = self.attention_weights(guide)
         shape = (batch, num_query, self.num_heads, self.num_queue, self.num_points)
         weights = weights.view(shape).softmax(-1) * visibility[:, :, None, None]

@@ -224,7 +224,8 @@ class STCOcc(BaseDetector):
                 geometry.shift, geometry.image_from_augmented)
             logits = stage.detach()
             occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
-            volume = volume + bev[:, :, None] * occupied[:, None]
+            # In the dtype of the volume, which under autocast is that of the convolutions.
+            volume = volume + bev[:, :, None].to(volume.dtype) * occupied[:, None].to(volume.dtype)
             if self.temporal_fusion_list:
                 volume, history = self._fuse(s, volume, logits, occupied, plan, memory,
                                              None if histories_out is None else histories_out[s])
@@ -412,5 +413,6 @@ class STCOcc(BaseDetector):
 
 
 def _upsample(volume: Tensor) -> Tensor:
-    """Trilinear x2 of [B, C, Z, Y, X]."""
-    return F.interpolate(volume, scale_factor=2, mode="trilinear", align_corners=False)
+    """Trilinear x2 of [B, C, Z, Y, X], in its dtype."""
+    with torch.autocast(volume.device.type, enabled=False):
+        return F.interpolate(volume, scale_factor=2, mode="trilinear", align_corners=False)

@@ -15,6 +15,7 @@ from mmdet3d.models.heads.occupancy_head import voxel_rows
 from mmdet3d.models.heads.seeded_noise import gumbel_noise
 from mmdet3d.ops import upsample_mlp
 from mmdet3d.registry import HEADS
+from mmdet3d.utils.precision import Softplus
 
 
 @HEADS.register_module()
@@ -43,7 +44,7 @@ class OccFlowHead(BaseModule):
             raise ValueError("up_sample must be True")
         self.gumbel_in_eval = gumbel_in_eval
         hidden = out_channels // 2
-        self.semantic_guidance = nn.Sequential(nn.Linear(num_classes, hidden), nn.Softplus(), nn.Linear(hidden, hidden))
+        self.semantic_guidance = nn.Sequential(nn.Linear(num_classes, hidden), Softplus(), nn.Linear(hidden, hidden))
         self.voxel_conv = BasicBlock3D(in_channels, in_channels)
         self.predicter = nn.Sequential(nn.Linear(in_channels + hidden, hidden), nn.Softplus(), nn.Linear(hidden, 2))
         moving = torch.zeros(num_classes, dtype=torch.bool)
@@ -81,7 +82,9 @@ class OccFlowHead(BaseModule):
         if not (self.training or self.gumbel_in_eval):
             return logits.softmax(-1)
         if self.training or noise_seeds is None:
-            return F.gumbel_softmax(logits, tau=1, hard=False, dim=-1)
+            # F.gumbel_softmax(logits), step by step in fewer passes
+            negative = torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_().log_()
+            return (logits - negative).softmax(-1)
         noise = gumbel_noise(noise_seeds, logits.shape[1:])
         return (logits + noise.to(logits.dtype)).softmax(-1)
 

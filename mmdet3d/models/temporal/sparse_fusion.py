@@ -12,11 +12,11 @@ from mmdet3d.models.temporal.volume_warp import gather_rows, previous_index_from
 from mmdet3d.ops.history_warp import history_warp, trilinear_taps
 from mmdet3d.registry import HEADS
 from mmdet3d.structures import VoxelGrid
-from mmdet3d.utils.precision import full_precision, working_dtype
+from mmdet3d.utils.precision import Softplus, full_precision, working_dtype
 
 
 def _mlp(in_features: int, out_features: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_features, out_features), nn.Softplus(), nn.Linear(out_features, out_features))
+    return nn.Sequential(nn.Linear(in_features, out_features), Softplus(), nn.Linear(out_features, out_features))
 
 
 def _history_dtype(volume: Tensor) -> torch.dtype:
@@ -161,14 +161,14 @@ class SparseFusion(BaseModule):
               index_matrix: Tensor, foreground: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
         """New history [B, V, T, C], slot 0 to be filled, and what leaves it, at the foreground voxels [B, K, C]."""
         slots = (self.history_num, self.channels)
-        # Its own past: one volume for all slots.
-        own = current.detach().to(_history_dtype(current))[:, :, None].expand(-1, -1, *slots)
-        new = own.new_empty(own.shape) if out is None else out.unflatten(2, slots)
-        if history is None or all(starts):
-            return history_warp(own, index_matrix, size_zyx, oldest_at=foreground, out=new)
-        past = history.unflatten(2, slots)
-        if not any(starts):
+        dtype = _history_dtype(current)
+        new = current.new_empty(*current.shape[:2], *slots, dtype=dtype) if out is None else out.unflatten(2, slots)
+        past = None if history is None else history.unflatten(2, slots)
+        if past is not None and not any(starts):
             return history_warp(past, index_matrix, size_zyx, oldest_at=foreground, out=new)
+        own = current.detach().to(dtype)[:, :, None].expand(-1, -1, *slots)  # its own past: one volume for all slots
+        if past is None or all(starts):
+            return history_warp(own, index_matrix, size_zyx, oldest_at=foreground, out=new)
         oldest = []
         for b, start in enumerate(starts):
             one = slice(b, b + 1)
