@@ -82,9 +82,7 @@ class OccFlowHead(BaseModule):
         if not (self.training or self.gumbel_in_eval):
             return logits.softmax(-1)
         if self.training or noise_seeds is None:
-            # F.gumbel_softmax(logits), step by step in fewer passes
-            negative = torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_().log_()
-            return (logits - negative).softmax(-1)
+            return F.gumbel_softmax(logits, tau=1, hard=False, dim=-1)
         noise = gumbel_noise(noise_seeds, logits.shape[1:])
         return (logits + noise.to(logits.dtype)).softmax(-1)
 
