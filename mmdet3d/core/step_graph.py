@@ -93,8 +93,8 @@ class StepGraph:
         if graphs and self.device.type != "cuda":
             raise ConfigError(f"cuda_graphs=True needs the model on a CUDA device, it is on {self.device}")
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._gradients: list[Tensor] = []
-        self._used: list[bool] = []
+        self._gradients: list[Tensor | None] = []
+        self._used: list[bool] = []  # by the last step without a graph
         self._seen: dict[Hashable, int] = {}
         self._inputs: dict[Hashable, _Inputs] = {}
         self._recordings: dict[tuple[Hashable, int], _Recording] = {}
@@ -168,6 +168,7 @@ class StepGraph:
         loss, names, values, new = self._forward(images, targets, plan.to(self.device), memory)
         read = _read_later(values)
         loss.backward()
+        self._used = [parameter.grad is not None for parameter in self._parameters]
         if new is not None and not self._sides:
             self._sides, self._side = [tuple(torch.empty_like(h) for h in new.histories), new.histories], 0
         self._arrive(new)
@@ -247,7 +248,6 @@ class StepGraph:
             self._inputs[kind] = _Inputs(torch.empty_like(images), {k: torch.empty_like(v) for k, v in targets.items()},
                                          plan.to(self.device))
         fixed = self._inputs[kind]
-        self._gradients = self._gradients or [torch.empty_like(parameter) for parameter in self._parameters]
         self._drop_gradients()
         gc.collect()  # what still refers to a finished step would tie this one to its stream
         if not self._recordings:
@@ -258,18 +258,20 @@ class StepGraph:
         with self._generator_kept(), self._beside():
             with torch.cuda.graph(graphs[0], **options):
                 loss, names, values, _ = self._forward(fixed.images, fixed.targets, fixed.plan, memory)
+            self._place_gradients()
             with torch.cuda.graph(graphs[1], **options):
+                torch._foreach_zero_([gradient for gradient in self._gradients if gradient is not None])
                 loss.backward()
-                self._keep_gradients()
         self._drop_gradients()
         return _Recording(*graphs, names, values, loss.detach())
 
-    @torch.no_grad()
-    def _keep_gradients(self) -> None:
-        self._used = [parameter.grad is not None for parameter in self._parameters]
-        pairs = [(kept, parameter.grad) for kept, parameter in zip(self._gradients, self._parameters, strict=True)
-                 if parameter.grad is not None]
-        torch._foreach_copy_([kept for kept, _ in pairs], [gradient for _, gradient in pairs])
+    def _place_gradients(self) -> None:
+        """Give every parameter the gradient that all recordings add to, so that each is there only once."""
+        if not self._gradients:
+            self._gradients = [torch.empty_like(parameter) if used else None
+                               for parameter, used in zip(self._parameters, self._used, strict=True)]
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
     @contextmanager
     def _generator_kept(self) -> Iterator[None]:
@@ -290,8 +292,7 @@ class StepGraph:
         recording.forward.replay()
         read = _read_later(recording.values)
         recording.backward.replay()
-        for parameter, gradient, used in zip(self._parameters, self._gradients, self._used, strict=True):
-            parameter.grad = gradient if used else None
+        self._place_gradients()
         self._arrive(replace(memory, bda=plan.bda, sequence_ids=plan.sequence_ids,
                              ego_translation=plan.meta.ego_translation))
         # Read while the backward pass runs, so that the next launches are there when it ends.

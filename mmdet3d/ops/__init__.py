@@ -18,6 +18,7 @@ from .plane_sweep import plane_sweep, plane_sweep_reference
 from .ray_cast import RayHits, ray_cast, ray_cast_reference
 from .ray_counts import RayTotals, ray_counts, ray_counts_reference
 from .resize_crop import resize_crop, resize_crop_reference
+from .upsample_add import upsample_add, upsample_add_reference
 from .upsample_mlp import upsample_mlp, upsample_mlp_reference
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "resize_crop",
     "resize_crop_reference",
     "sort_by_cell",
+    "upsample_add",
+    "upsample_add_reference",
     "upsample_mlp",
     "upsample_mlp_reference",
 ]

@@ -40,12 +40,13 @@ def test_the_fused_step_is_that_of_the_plain_one():
     results = []
     for options in ({}, {"foreach": False, "fused": False}):
         torch.manual_seed(0)
-        network = model("cuda")
+        # No norm, before which a bias has a gradient of nothing but rounding, as large to Adam as any other.
+        network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).cuda()
         optimizer = build_training_optimizer(network, {**ADAM, "lr": 1e-2, **options})
         for step in range(5):
             optimizer.zero_grad()
             inputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(step)).cuda()
-            (network(inputs) - inputs[:, :2]).square().mean().backward()  # not flat: norms make mean squares constant
+            (network(inputs) - inputs[:, :2]).square().mean().backward()
             optimizer.step()
         results.append([parameter.detach().cpu() for parameter in network.parameters()])
     for fused, plain in zip(*results, strict=True):

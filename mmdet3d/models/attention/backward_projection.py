@@ -93,7 +93,7 @@ class BEVFormerBackwardProjection(BaseModule):
 
     def forward(self, volume: Tensor, context: Tensor, depth: Tensor, coarse_logits: Tensor | None,
                 previous_volume: Tensor | None, previous_flips: Tensor, bda: Tensor, starts: Tensor, shift: Tensor,
-                image_from_augmented: Tensor) -> tuple[Tensor, Tensor]:
+                image_from_augmented: Tensor, height_mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Refine the bird's-eye view of a volume and predict its occupancy.
 
         Args:
@@ -108,11 +108,12 @@ class BEVFormerBackwardProjection(BaseModule):
             starts: [B] bool, whether a sequence starts.
             shift: [B, 2] displacement of the previous map, see :func:`ego_shift`.
             image_from_augmented: [B, N, 4, 4] augmented ego to augmented pixels times depth.
+            height_mean: [B, C, Y, X] mean of ``volume`` over Z, if it is there already.
 
         Returns:
             BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
         """
-        query = _height_mean(volume).flatten(2).transpose(1, 2)
+        query = (_height_mean(volume) if height_mean is None else height_mean).flatten(2).transpose(1, 2)
         previous = None
         if previous_volume is not None:
             previous = self._previous_map(previous_volume, previous_flips)

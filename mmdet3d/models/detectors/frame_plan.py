@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,14 +51,15 @@ class FramePlan:
     """The geometry of a frame for the device, and its meta data for the host.
 
     Attributes:
-        lifts: Geometry of the lifted frames, the key frame last; views of ``buffer``. None without images.
-        stages: Geometry of the stages; views of ``buffer``.
+        lifts: Geometry of the lifted frames, the key frame last. None without images.
+        stages: Geometry of the stages.
         meta: Meta data, on the CPU.
         bda: [B, 4, 4] BEV augmentation, on the CPU.
         sequence_ids: [B] int64 sequence numbers, on the CPU.
         reuse: Which image features are there already.
         key_sweep: Cameras of the key frame's stereo pair, on the CPU; None without stereo.
-        buffer: uint8, all tensors of ``lifts`` and ``stages`` one after the other.
+        buffer: uint8, all tensors of ``lifts`` and ``stages`` one after the other. They are views of it, but for a plan
+            that waits in page-locked memory for its way to a device.
     """
 
     lifts: LiftGeometry | None
@@ -84,17 +86,16 @@ class FramePlan:
         reuse, sweeps = NO_REUSE, _sweeps(lifts, len(meta.starts))
         if lifts is not None:
             reuse = feature_reuse(meta.image_keys, sweeps, cache)
-        tree = (lifts, stages)
-        tensors = _tensors(tree)
+        tensors = _tensors((lifts, stages))
         offsets, size = _layout(tensors)
         buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
-        views = _views(buffer, tensors, offsets)
-        for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor)
-        rest = iter(views)
-        lifts, on_device = map_tensors(lambda _: next(rest), tree)
-        return cls(lifts, on_device, meta, stages.bda, torch.tensor(meta.sequence_ids), reuse,
+        memory = buffer.numpy()
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            values = tensor.numpy()
+            np.ndarray(values.shape, values.dtype, memory, offset)[...] = values
+        plan = cls(lifts, stages, meta, stages.bda, torch.tensor(meta.sequence_ids), reuse,
                    sweeps[0] if sweeps else None, buffer)
+        return plan if pinned else plan._on(buffer)
 
     @property
     def signature(self) -> Hashable:

@@ -94,14 +94,17 @@ class FrameRunner:
         """
         if self.model.training:
             raise ValueError("the model is in training mode; call model.eval() first")
-        images = self._upload(img_inputs[0])  # in the background, while the host goes on
-        begun = self._begin(images, img_metas)
+        begun = self._expected(img_inputs[0], img_metas)
+        images = self._upload(img_inputs[0], newest_only=begun is not None)  # in the background, as all that follows
+        if begun is not None:
+            begun.pictures.replay()
         stand_in = torch.empty(1, device=self.device).expand(images.shape)  # the plan reads shape and device
         plan = self.model.plan((stand_in, *img_inputs[1:]), img_metas, memory)
-        self._last_kind = None
+        kind, self._last_kind = (plan.signature, images.shape, images.dtype), None
+        if begun is not None and self._recordings.get((kind, self._side)) is not begun:
+            images, begun = self._upload(img_inputs[0]), None  # begun in vain: the other pictures are needed too
         if not self.graphs or memory is None or any(plan.meta.starts):
             return self._eager(images, plan, memory)
-        kind = (plan.signature, images.shape, images.dtype)
         self._seen[kind] = self._seen.get(kind, 0) + 1
         if self._seen[kind] <= EAGER_FRAMES:
             return self._eager(images, plan, memory)
@@ -111,14 +114,22 @@ class FrameRunner:
         """Copies and pickles begin without recordings."""
         return _make_runner, (self.model, self.graphs, self.prepare)
 
-    def _upload(self, images: Tensor) -> Tensor:
+    def _upload(self, images: Tensor, newest_only: bool = False) -> Tensor:
         """The images on the device; with graphs in a buffer that stays, because recordings read it."""
         if not self.graphs:
             return images.to(self.device, non_blocking=True)
         key = (images.shape, images.dtype)
         if key not in self._images:
             self._images[key] = torch.empty(images.shape, dtype=images.dtype, device=self.device)
-        return self._images[key].copy_(images, non_blocking=True)
+        buffer = self._images[key]
+        if not newest_only:
+            return buffer.copy_(images, non_blocking=True)
+        # One by one, because only copies of memory that lies together do not wait.
+        targets, sources = (self.model.forward_projection.newest_pictures(x).unbind(1) for x in (buffer, images))
+        for target, source in zip(targets, sources, strict=True):
+            for one, other in zip(target, source, strict=True):
+                one.copy_(other, non_blocking=True)
+        return buffer
 
     def _eager(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None):
         return self._compute(images, plan.to(self.device), memory)
@@ -135,13 +146,12 @@ class FrameRunner:
                                                newest=newest, **buffers)
         return *self.model.outputs(prediction), prediction.memory
 
-    def _begin(self, images: Tensor, img_metas: Sequence[Mapping]) -> _Recording | None:
-        """Start with the pictures of a frame that probably is of the kind of the last one; the recording, if so."""
+    def _expected(self, images: Tensor, img_metas: Sequence[Mapping]) -> _Recording | None:
+        """The recording of a frame that is probably of the kind of the last one, if it can begin with the pictures."""
         recording = self._recordings.get((self._last_kind, self._side))
         if (recording is None or recording.pictures is None or self._last_kind[1:] != (images.shape, images.dtype)
                 or any(meta.get("start_of_sequence", True) for meta in img_metas)):
             return None
-        recording.pictures.replay()
         return recording
 
     def _replay(self, kind: Hashable, images: Tensor, plan: FramePlan, memory: TemporalMemory,
@@ -194,7 +204,7 @@ class FrameRunner:
         if network is not None and network.newest_alone(plan.reuse):
             first = torch.cuda.CUDAGraph()
             with torch.cuda.graph(first, pool=self._pool, capture_error_mode="thread_local"), self._autocast():
-                newest = network.frame_features(self.prepare(network.newest_pictures(images)))
+                newest = network.frame_features(self.prepare(network.newest_pictures(images).flatten(0, 1)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             semantics, flow, memory = self._compute(images, fixed, source, newest, histories_out=target.histories)

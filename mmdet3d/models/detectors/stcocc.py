@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmdet3d.models.attention.occupancy_predictor import occupied_probability
 from mmdet3d.models.detectors.base import BaseDetector
@@ -24,8 +23,10 @@ from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
 from mmdet3d.models.view_transforms.forward_projection import FrameFeatures, KeyFeatures
 from mmdet3d.models.view_transforms.geometry import LiftGeometry
+from mmdet3d.ops import upsample_add
 from mmdet3d.registry import DETECTORS, ConfigError, build
 from mmdet3d.structures import FrameCache, TemporalMemory
+from mmdet3d.utils.beside import Beside
 from mmdet3d.utils.files import prediction_path, save_prediction
 from mmdet3d.utils.memory_format import use_channels_last
 from mmdet3d.utils.transfer import to_numpy
@@ -200,11 +201,22 @@ class STCOcc(BaseDetector):
             newest: Features of the newest pictures, see ``forward`` of :class:`BEVDetStereoForwardProjection`.
         """
         cache = None if memory is None else memory.features
-        features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest)
-        return self.cascade(features, plan, memory, histories_out), features
+        targets, warped = None, None
+        if Beside.possible() and not torch.is_grad_enabled() and memory is not None and not any(plan.meta.starts):
+            targets = Beside(lambda: self.forward_projection.img_view_transformer.pool_targets(plan.lifts))
+            warped = Beside(lambda: self._warp_histories(plan, memory, histories_out))
+        features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest, targets)
+        return self.cascade(features, plan, memory, histories_out, warped and warped.get()), features
+
+    def _warp_histories(self, plan: FramePlan, memory: TemporalMemory, histories_out: Sequence[Tensor] | None
+                        ) -> list[Tensor]:
+        """See :meth:`SparseFusion.warp_history`; for every stage, the finest first."""
+        outs = [None] * self.num_stage if histories_out is None else histories_out
+        return [fusion.warp_history(history, grid, matrix, out) for fusion, history, grid, matrix, out in zip(
+            self.temporal_fusion_list, memory.histories, self.grids, plan.stages.index_matrices, outs, strict=True)]
 
     def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None,
-                histories_out: Sequence[Tensor] | None = None) -> Prediction:
+                histories_out: Sequence[Tensor] | None = None, warped: Sequence[Tensor] | None = None) -> Prediction:
         """Stages and heads, coarse to fine.
 
         Args:
@@ -212,23 +224,27 @@ class STCOcc(BaseDetector):
             plan: The frame's plan, on the device of the features.
             memory: What the previous frame returned, as it was when the plan was made.
             histories_out: See :meth:`compute`.
+            warped: The memory's histories in the current frame, see :meth:`SparseFusion.warp_history`, if there.
         """
         geometry, batch = plan.stages, len(plan.bda)
         context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
         logits, coarser, stage_logits, histories = None, None, [], []
         for s in reversed(range(self.num_stage)):
-            volume = features.volumes[s] if coarser is None else features.volumes[s] + _upsample(coarser)
+            volume, height_mean = features.volumes[s], None
+            if coarser is not None:
+                volume, height_mean = upsample_add(volume, coarser)
             previous = memory.newest_volume(s) if memory is not None else None
             bev, stage = self.backward_projection_list[s](
                 volume, context, depth, logits, previous, geometry.previous_flips, geometry.bda, geometry.start_mask,
-                geometry.shift, geometry.image_from_augmented)
+                geometry.shift, geometry.image_from_augmented, height_mean)
             logits = stage.detach()
             occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
             # In the dtype of the volume, which under autocast is that of the convolutions.
-            volume = volume + bev[:, :, None].to(volume.dtype) * occupied[:, None].to(volume.dtype)
+            volume = torch.addcmul(volume, bev[:, :, None].to(volume.dtype), occupied[:, None].to(volume.dtype))
             if self.temporal_fusion_list:
                 volume, history = self._fuse(s, volume, logits, occupied, plan, memory,
-                                             None if histories_out is None else histories_out[s])
+                                             None if histories_out is None else histories_out[s],
+                                             None if warped is None else warped[s])
                 histories.append(history)
             stage_logits.append(stage)
             coarser = volume
@@ -238,11 +254,12 @@ class STCOcc(BaseDetector):
                           self._remember(histories[::-1], plan, features.key_features))
 
     def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, plan: FramePlan,
-              memory: TemporalMemory | None, history_out: Tensor | None) -> tuple[Tensor, Tensor]:
+              memory: TemporalMemory | None, history_out: Tensor | None, warped: Tensor | None
+              ) -> tuple[Tensor, Tensor]:
         return self.temporal_fusion_list[s](
             volume, logits, occupied, None if memory is None else memory.histories[s], self.grids[s],
             plan.meta.starts, plan.stages.index_matrices[s], top_k=self.top_k[self.training][s],
-            history_out=history_out)
+            history_out=history_out, warped=warped)
 
     def _memory_layout(self) -> MemoryLayout:
         fusions = self.temporal_fusion_list
@@ -410,9 +427,3 @@ class STCOcc(BaseDetector):
     def __getstate__(self) -> dict[str, Any]:
         """For copies (of a moving average, say) and pickles, which begin without a past."""
         return {**self.__dict__, "memory": None}
-
-
-def _upsample(volume: Tensor) -> Tensor:
-    """Trilinear x2 of [B, C, Z, Y, X], in its dtype."""
-    with torch.autocast(volume.device.type, enabled=False):
-        return F.interpolate(volume, scale_factor=2, mode="trilinear", align_corners=False)

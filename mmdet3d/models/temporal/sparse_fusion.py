@@ -87,7 +87,7 @@ class SparseFusion(BaseModule):
 
     def forward(self, volume: Tensor, logits: Tensor, occupied: Tensor, history: Tensor | None, grid: VoxelGrid,
                 starts: Sequence[bool], index_matrix: Tensor, top_k: int | None = None,
-                history_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                history_out: Tensor | None = None, warped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fuse a volume with its history.
 
         Args:
@@ -103,6 +103,7 @@ class SparseFusion(BaseModule):
             top_k: Number of foreground voxels, instead of the constructor's.
             history_out: Contiguous [B, V, T * C] to write the new history to, in memory of its own, without gradient.
                 The backward pass reads it, so it may be written again only after that. None for a new tensor.
+            warped: :meth:`warp_history` of ``history``, if it was called before; ``history_out`` is not used then.
 
         Returns:
             The fused volume [B, C, Z, Y, X], channels-last in memory, and the new history [B, V, T * C] without
@@ -122,11 +123,27 @@ class SparseFusion(BaseModule):
         if history is not None:
             history = history.to(_history_dtype(volume))
         foreground, background = self._select(occupied.flatten(1), top_k)
-        new, oldest = self._warp(current, history, grid.size_zyx, starts, index_matrix, foreground, history_out)
+        if warped is None:
+            new, oldest = self._warp(current, history, grid.size_zyx, starts, index_matrix, foreground, history_out)
+        else:
+            last = history.unflatten(2, (self.history_num, self.channels))[:, :, -1:]
+            new, oldest = warped, history_warp(last, index_matrix, grid.size_zyx, oldest_at=foreground)[1]
         fresh = self._restart_gradient(current, grid.size_zyx, starts, index_matrix)
         output = self._fuse(current, new, oldest, embedding, fresh, foreground, background)
         new[:, :, 0] = output.detach()
         return output.transpose(1, 2).unflatten(2, grid.size_zyx), new.flatten(2)
+
+    @torch.no_grad()
+    def warp_history(self, history: Tensor, grid: VoxelGrid, index_matrix: Tensor, out: Tensor | None) -> Tensor:
+        """What a sequence that goes on needs no volume for: the new history [B, V, T, C] but for its slot 0.
+
+        Args:
+            history, grid, index_matrix: As for :meth:`forward`; the history in the dtype of the new one.
+            out: ``history_out`` of :meth:`forward`.
+        """
+        slots = (self.history_num, self.channels)
+        return history_warp(history.unflatten(2, slots), index_matrix, grid.size_zyx,
+                            out=None if out is None else out.unflatten(2, slots))[0]
 
     def index_matrix(self, grid: VoxelGrid, starts: Sequence[bool], bda: Tensor, previous_bda: Tensor | None,
                      previous_ego_from_ego: Tensor) -> Tensor:
@@ -141,7 +158,7 @@ class SparseFusion(BaseModule):
         """
         if previous_bda is None:
             previous_bda = bda
-        else:  # a volume that starts a sequence is its own past
+        elif any(starts):  # a volume that starts a sequence is its own past
             restart = torch.tensor(starts, device=bda.device)[:, None, None]
             previous_bda = torch.where(restart, bda, previous_bda)
         return previous_index_from_index(grid, previous_bda, previous_ego_from_ego, bda, self.corner_origin)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mmdet3d.structures import VoxelGrid
 from mmdet3d.utils.precision import full_precision
+from mmdet3d.utils.remember import remembered
 
 
 def metric_from_index(grid: VoxelGrid, device: torch.device, corner_origin: bool = True) -> Tensor:
@@ -35,9 +36,21 @@ def previous_index_from_index(grid: VoxelGrid, previous_bda: Tensor, previous_eg
         bda: [B, 4, 4] BEV augmentation of the current frame.
         corner_origin: See :func:`metric_from_index`.
     """
-    metric = metric_from_index(grid, bda.device, corner_origin)
-    ego_from_ego = previous_bda.double() @ previous_ego_from_ego.double() @ torch.linalg.inv(bda.double())
-    return (torch.linalg.inv(metric) @ ego_from_ego @ metric).float()
+    metric, index = _grid_frames(grid, corner_origin, bda)
+    return (index @ _augmented_motion(previous_bda, previous_ego_from_ego, bda) @ metric).float()
+
+
+@remembered
+def _grid_frames(grid: VoxelGrid, corner_origin: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`metric_from_index` on the device of ``like``, and its inverse."""
+    metric = metric_from_index(grid, like.device, corner_origin)
+    return metric, torch.linalg.inv(metric)
+
+
+@remembered  # by all stages of a frame
+def _augmented_motion(previous_bda: Tensor, previous_ego_from_ego: Tensor, bda: Tensor) -> Tensor:
+    """[B, 4, 4] float64 current to previous ego, each with its BEV augmentation."""
+    return previous_bda.double() @ previous_ego_from_ego.double() @ torch.linalg.inv(bda.double())
 
 
 @full_precision

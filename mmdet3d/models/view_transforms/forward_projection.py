@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from mmdet3d.models.view_transforms.feature_reuse import CACHED, NO_REUSE, FeatureReuse
 from mmdet3d.models.view_transforms.geometry import CameraFrame, LiftGeometry, split_frames
+from mmdet3d.models.view_transforms.lift_splat import PoolTargets
 from mmdet3d.registry import NECKS, build
 from mmdet3d.structures import FrameCache
+from mmdet3d.utils.beside import Beside
 from mmdet3d.utils.precision import full_precision
 
 
@@ -127,15 +129,16 @@ class BEVDetStereoForwardProjection(BaseModule):
         return transform.geometry(CameraFrame.stack(lifted), torch.cat(poses), img_inputs[5].repeat(len(lifted), 1, 1))
 
     def newest_pictures(self, images: Tensor) -> Tensor:
-        """[B * N, 3, H, W] those of the newest frame, a view if B is 1, of images as :meth:`forward` takes them."""
-        return images[:, :: self.num_frames].flatten(0, 1)
+        """[B, N, 3, H, W] view of those of the newest frame, of images as :meth:`forward` takes them."""
+        return images[:, :: self.num_frames]
 
     def newest_alone(self, reuse: FeatureReuse) -> bool:
         """Whether of all pictures only those of the newest frame go through the network."""
         return self._frames_to_compute(reuse, 2 if self.with_prev else 1) == ([0], [])
 
     def forward(self, images: Tensor, geometry: LiftGeometry, reuse: FeatureReuse = NO_REUSE,
-                cache: FrameCache | None = None, newest: FrameFeatures | None = None) -> ForwardFeatures:
+                cache: FrameCache | None = None, newest: FrameFeatures | None = None,
+                targets: Beside[PoolTargets] | None = None) -> ForwardFeatures:
         """Voxel features, depth and context of one sample per batch slot.
 
         Args:
@@ -143,12 +146,14 @@ class BEVDetStereoForwardProjection(BaseModule):
             geometry: That of the lifted frames, see :meth:`geometry`, on the device of the images.
             reuse: In evaluation without gradient: which features are there already.
             cache: Where those of the sample before are.
-            newest: :meth:`frame_features` of :meth:`newest_pictures`, for evaluation, if they were computed before;
-                only where :meth:`newest_alone` says so. The images are not read then.
+            newest: :meth:`frame_features` of :meth:`newest_pictures` (with B and N as one axis), for evaluation, if
+                they were computed before; only where :meth:`newest_alone` says so. The images are not read then.
+            targets: ``pool_targets`` of the view transform for this geometry, for evaluation, if they were begun
+                before.
         """
         frames = [frame.flatten(0, 1) for frame in images.unflatten(1, (self.num_cams, self.num_frames)).unbind(2)]
         lift = self._lift_one_by_one if self.training or torch.is_grad_enabled() else self._lift_together
-        volume, depth, context, features = lift(frames, geometry, reuse, cache, newest)
+        volume, depth, context, features = lift(frames, geometry, reuse, cache, newest, targets)
         volumes = self.img_bev_encoder_backbone(volume)
         if hasattr(self, "adjust_channel_conv"):
             context = self.adjust_channel_conv(context)
@@ -173,7 +178,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         return torch.cat([earlier_volume, volume], 1), depth, context, None
 
     def _lift_together(self, images: list[Tensor], geometry: LiftGeometry, reuse: FeatureReuse,
-                       cache: FrameCache | None, newest: FrameFeatures | None
+                       cache: FrameCache | None, newest: FrameFeatures | None, targets: Beside[PoolTargets] | None
                        ) -> tuple[Tensor, Tensor, Tensor, KeyFeatures | None]:
         """Both frames in one pass through the depth net, with what is there already."""
         transform, entries = self.img_view_transformer, len(images[0])
@@ -182,7 +187,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         matches = self._matches(frames, geometry, reuse, cache, lifted)
         neck = torch.cat([frames[f].neck for f in reversed(range(lifted))])
         matching = torch.cat(matches[::-1]) if matches else None
-        volume, depth, context = transform.lift_splat(neck, matching, geometry)
+        volume, depth, context = transform.lift_splat(neck, matching, geometry, targets)
         volume = volume.unflatten(0, (lifted, -1))
         if lifted == 1:
             volume = torch.cat([torch.zeros_like(volume), volume])

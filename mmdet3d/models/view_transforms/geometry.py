@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmdet3d.ops.plane_sweep import SweepGeometry
+from mmdet3d.utils.remember import remembered
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def pixel_homography(post_aug: Tensor) -> Tensor:
     return homography
 
 
+@remembered
 def pixel_grid(image_size: tuple[int, int], feature_size: tuple[int, int], like: Tensor) -> Tensor:
     """[h, w, 3] homogeneous image pixels (u, v, 1) of a feature map whose corners sit on the image's corner pixels."""
     (height, width), (h, w) = image_size, feature_size
@@ -171,8 +173,7 @@ def frustum_rays(camera: CameraFrame, bda: Tensor, image_size: tuple[int, int], 
     """
     pixels = pixel_grid(image_size, feature_size, bda)  # [h, w, 3]
     ego_from_camera = bda.double()[:, None] @ camera.key_ego_from_camera.double()  # [B, N, 4, 4]
-    camera_from_pixel = torch.linalg.inv(pixel_homography(camera.post_aug) @ _pinhole(camera.intrinsics))
-    ego_from_pixel = ego_from_camera[..., :3, :3] @ camera_from_pixel  # [B, N, 3, 3]
+    ego_from_pixel = ego_from_camera[..., :3, :3] @ _camera_from_pixel(camera.post_aug, camera.intrinsics)
     return torch.einsum("bnij,hwj->bnhwi", ego_from_pixel, pixels).float(), ego_from_camera[..., :3, 3].float()
 
 
@@ -190,9 +191,10 @@ def frustum_points(rays: Tensor, origins: Tensor, depths: Tensor) -> Tensor:
     return rays[:, :, None] * depths.view(-1, 1, 1, 1) + origins[:, :, None, None, None]
 
 
-def _pinhole(intrinsics: Tensor) -> Tensor:
-    """[..., 3, 3] float64 calibration matrix."""
-    return intrinsics[..., :3, :3].double()
+@remembered
+def _camera_from_pixel(post_aug: Tensor, intrinsics: Tensor) -> Tensor:
+    """[B, N, 3, 3] float64 matrix: homogeneous augmented pixel -> point of its ray at a depth of 1 m."""
+    return torch.linalg.inv(pixel_homography(post_aug) @ intrinsics[..., :3, :3].double())
 
 
 def sweep_geometry(camera: CameraFrame, image_size: tuple[int, int]) -> SweepGeometry:
@@ -211,14 +213,21 @@ def sweep_geometry(camera: CameraFrame, image_size: tuple[int, int]) -> SweepGeo
     """
     post, older, intrinsics = (matrix.flatten(0, 1).float() for matrix in (
         camera.post_aug, camera.older_camera_from_camera, camera.intrinsics))
-    linear = torch.zeros_like(post[:, :3, :3])
-    linear[:, :2, :2] = post[:, :2, :2]
-    linear[:, 2, 2] = 1
     pixel_from_camera = intrinsics[:, :3, :3]
-    rotation, camera_from_pixel = older[:, :3, :3], torch.linalg.inv(pixel_from_camera)
+    pixel_from_augmented, camera_from_pixel = _sweep_inverses(post, pixel_from_camera)
+    rotation = older[:, :3, :3]
     # Element by element, because autocast and TF32 would take a matrix product in fewer bits.
     older_from_pixel = sum(rotation[:, :, k, None] * camera_from_pixel[:, None, k] for k in range(3))
     return SweepGeometry(
-        pixel_from_augmented=torch.linalg.inv(linear)[:, :2, :2], augmentation=post[:, :2, :2], offset=post[:, :2, 2],
+        pixel_from_augmented=pixel_from_augmented, augmentation=post[:, :2, :2], offset=post[:, :2, 2],
         older_from_pixel=older_from_pixel, translation=older[:, :3, 3], intrinsics=pixel_from_camera,
         image_size=tuple(image_size))
+
+
+@remembered
+def _sweep_inverses(post_aug: Tensor, pixel_from_camera: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses [M, 2, 2] of the augmentations' linear parts and [M, 3, 3] of the calibration matrices."""
+    linear = torch.zeros_like(post_aug[:, :3, :3])
+    linear[:, :2, :2] = post_aug[:, :2, :2]
+    linear[:, 2, 2] = 1
+    return torch.linalg.inv(linear)[:, :2, :2], torch.linalg.inv(pixel_from_camera)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from mmcv.runner import BaseModule
@@ -18,10 +19,11 @@ from mmdet3d.models.view_transforms.geometry import (
     frustum_rays,
     sweep_geometry,
 )
-from mmdet3d.ops import bev_pool_v2
+from mmdet3d.ops import PoolOrder, bev_pool_v2, sort_by_cell
 from mmdet3d.ops.plane_sweep import SweepGeometry
 from mmdet3d.registry import NECKS, check_keys
 from mmdet3d.structures import VoxelGrid, depth_bins
+from mmdet3d.utils.beside import Beside
 
 
 def grid_bounds(grid: VoxelGrid) -> Tensor:
@@ -48,6 +50,13 @@ def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = Tr
     x, y, z = position.clamp(-1, max(grid.size_xyz)).to(torch.int32).unbind(-1)
     flat = (z * grid.size_xyz[1] + y) * grid.size_xyz[0] + x
     return torch.where(inside, flat, -1)
+
+
+class PoolTargets(NamedTuple):
+    """Voxel index [B, N, D, h, w] of every frustum point, and the points in the order of their voxels, if known."""
+
+    cells: Tensor
+    order: PoolOrder | None = None
 
 
 @NECKS.register_module()
@@ -132,17 +141,29 @@ class LSSForwardProjection(BaseModule):
         """
         return self.lift_splat(feature, None, geometry)
 
-    def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`forward`, with an optional stereo matching [B * N, D, h, w] for the depth."""
+    def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry,
+                   targets: Beside[PoolTargets] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`forward`, with an optional stereo matching [B * N, D, h, w] for the depth.
+
+        ``targets`` is :meth:`pool_targets` of the geometry, if it was begun before.
+        """
         logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), matching)
         depth = logits.softmax(1)
-        points = frustum_points(geometry.rays, geometry.origins, self.depths)
-        cells = voxel_index(points, self.grid, self.truncate_toward_zero, self.bounds)  # [B, N, D, h, w]
+        cells, order = PoolTargets(self._cells(geometry)) if targets is None else targets.get()
         per_camera = cells.shape[:2]
         volume = bev_pool_v2(depth.unflatten(0, per_camera), context.unflatten(0, per_camera).permute(0, 1, 3, 4, 2),
-                             cells, self.grid.size_zyx)
+                             cells, self.grid.size_zyx, order=order)
         return volume, depth, context
+
+    def pool_targets(self, geometry: LiftGeometry) -> PoolTargets:
+        """Where the frustum points of a geometry are pooled, which needs no image."""
+        cells = self._cells(geometry)
+        return PoolTargets(cells, sort_by_cell(cells, self.grid.size_zyx))
+
+    def _cells(self, geometry: LiftGeometry) -> Tensor:
+        """[B, N, D, h, w] voxel index of every frustum point."""
+        points = frustum_points(geometry.rays, geometry.origins, self.depths)
+        return voxel_index(points, self.grid, self.truncate_toward_zero, self.bounds)
 
 
 @NECKS.register_module()

@@ -113,7 +113,7 @@ def test_the_newest_pictures_can_go_first(model, batch):
         assert not network.newest_alone(model.plan(inputs, metas, None).reuse)
         torch.manual_seed(0)
         expected, _ = model.compute(inputs[0], plan, memory)
-        newest = network.frame_features(network.newest_pictures(inputs[0]))
+        newest = network.frame_features(network.newest_pictures(inputs[0]).flatten(0, 1))
         torch.manual_seed(0)
         found, _ = model.compute(torch.full_like(inputs[0], torch.nan), plan, memory, newest=newest)
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)

@@ -256,6 +256,19 @@ def test_the_caller_can_bring_the_memory_of_the_new_history(device):
         one_step(module, device, history, history_out=buffer.clone().requires_grad_())
 
 
+@torch.no_grad()
+def test_the_history_can_be_warped_before():
+    module, inputs = make(), step_inputs(1)
+    history = torch.randn(BATCH, VOXELS, SLOTS * CHANNELS)
+    matrix = module.index_matrix(GRID, (False, False), inputs.pop("bda"), None, inputs.pop("previous_ego_from_ego"))
+    expected = module(**inputs, history=history, grid=GRID, starts=(False, False), index_matrix=matrix)
+    out = torch.empty_like(history)
+    warped = module.warp_history(history, GRID, matrix, out)
+    found = module(**inputs, history=history, grid=GRID, starts=(False, False), index_matrix=matrix, warped=warped)
+    assert found[1].data_ptr() == out.data_ptr()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
 def test_gradients_are_the_same_with_memory_of_the_caller(device):
     module, history = make().to(device), torch.randn(BATCH, VOXELS, SLOTS * CHANNELS, device=device)
     gradients = []

@@ -1,0 +1,47 @@
+"""Work next to other work on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Beside(Generic[Result]):
+    """The result of work that runs next to what follows, until it is asked for.
+
+    Only inside a CUDA graph that is being recorded: kernel by kernel, the host is the one that is waited for, and
+    memory of one stream must not be used by another without more ado. Elsewhere the work is done when it is asked for.
+
+    What the work reads must stay until :meth:`get`.
+
+    Args:
+        work: Launches kernels on the current stream.
+    """
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work = work
+        self._stream: torch.cuda.Stream | None = None
+        if self.possible():
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                result = work()
+            self._work = lambda: result
+
+    @staticmethod
+    def possible() -> bool:
+        """Whether work started now runs next to what follows."""
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    def get(self) -> Result:
+        """The result, for the current stream."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._stream = None
+        result = self._work()
+        self._work = lambda: result
+        return result
