@@ -93,7 +93,8 @@ class BEVFormerBackwardProjection(BaseModule):
 
     def forward(self, volume: Tensor, context: Tensor, depth: Tensor, coarse_logits: Tensor | None,
                 previous_volume: Tensor | None, previous_flips: Tensor, bda: Tensor, starts: Tensor, shift: Tensor,
-                image_from_augmented: Tensor, height_mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                image_from_augmented: Tensor, height_mean: Tensor | None = None, previous_map: Tensor | None = None
+                ) -> tuple[Tensor, Tensor]:
         """Refine the bird's-eye view of a volume and predict its occupancy.
 
         Args:
@@ -109,6 +110,7 @@ class BEVFormerBackwardProjection(BaseModule):
             shift: [B, 2] displacement of the previous map, see :func:`ego_shift`.
             image_from_augmented: [B, N, 4, 4] augmented ego to augmented pixels times depth.
             height_mean: [B, C, Y, X] mean of ``volume`` over Z, if it is there already.
+            previous_map: :meth:`previous_map` of ``previous_volume``, if it is there already.
 
         Returns:
             BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
@@ -116,7 +118,7 @@ class BEVFormerBackwardProjection(BaseModule):
         query = (_height_mean(volume) if height_mean is None else height_mean).flatten(2).transpose(1, 2)
         previous = None
         if previous_volume is not None:
-            previous = self._previous_map(previous_volume, previous_flips)
+            previous = self.previous_map(previous_volume, previous_flips) if previous_map is None else previous_map
             if not self.stale_previous_at_start:
                 previous = torch.where(starts[:, None, None], query.detach(), previous)
         query, logits = self.transformer(
@@ -142,8 +144,12 @@ class BEVFormerBackwardProjection(BaseModule):
         """[B, N, 4, 4] ``image_from_augmented`` of :meth:`forward`, of that from the ego frame and the augmentation."""
         return image_from_ego @ (torch.linalg.inv(bda) if self.invert_bda else bda)[:, None]
 
-    def _previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
-        """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation."""
+    def previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
+        """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation.
+
+        Args:
+            volume, flip: ``previous_volume`` and ``previous_flips`` of :meth:`forward`.
+        """
         bev = _height_mean(volume)
         if self.always_flip_previous:
             bev = bev.flip(2, 3)

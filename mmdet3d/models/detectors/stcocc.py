@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ from mmdet3d.utils.beside import Beside
 from mmdet3d.utils.files import prediction_path, save_prediction
 from mmdet3d.utils.memory_format import use_channels_last
 from mmdet3d.utils.transfer import to_numpy
+
+
+class Recalled(NamedTuple):
+    """``previous_map`` of the backward projection and ``warped`` history of the temporal fusion, of one stage."""
+
+    previous_map: Tensor | None = None
+    history: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -201,22 +208,27 @@ class STCOcc(BaseDetector):
             newest: Features of the newest pictures, see ``forward`` of :class:`BEVDetStereoForwardProjection`.
         """
         cache = None if memory is None else memory.features
-        targets, warped = None, None
+        targets, recalled = None, None
         if Beside.possible() and not torch.is_grad_enabled() and memory is not None and not any(plan.meta.starts):
             targets = Beside(lambda: self.forward_projection.img_view_transformer.pool_targets(plan.lifts))
-            warped = Beside(lambda: self._warp_histories(plan, memory, histories_out))
+            recalled = Beside(lambda: self._recall(plan, memory, histories_out))
         features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest, targets)
-        return self.cascade(features, plan, memory, histories_out, warped and warped.get()), features
+        return self.cascade(features, plan, memory, histories_out, recalled and recalled.get()), features
 
-    def _warp_histories(self, plan: FramePlan, memory: TemporalMemory, histories_out: Sequence[Tensor] | None
-                        ) -> list[Tensor]:
-        """See :meth:`SparseFusion.warp_history`; for every stage, the finest first."""
-        outs = [None] * self.num_stage if histories_out is None else histories_out
-        return [fusion.warp_history(history, grid, matrix, out) for fusion, history, grid, matrix, out in zip(
-            self.temporal_fusion_list, memory.histories, self.grids, plan.stages.index_matrices, outs, strict=True)]
+    def _recall(self, plan: FramePlan, memory: TemporalMemory, histories_out: Sequence[Tensor] | None
+                ) -> list[Recalled]:
+        """What the stages, finest first, need of the past where a sequence goes on."""
+        geometry = plan.stages
+        return [
+            Recalled(projection.previous_map(memory.newest_volume(s), geometry.previous_flips),
+                     fusion.warp_history(memory.histories[s], self.grids[s], geometry.index_matrices[s],
+                                         None if histories_out is None else histories_out[s]))
+            for s, (projection, fusion) in enumerate(
+                zip(self.backward_projection_list, self.temporal_fusion_list, strict=True))]
 
     def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None,
-                histories_out: Sequence[Tensor] | None = None, warped: Sequence[Tensor] | None = None) -> Prediction:
+                histories_out: Sequence[Tensor] | None = None, recalled: Sequence[Recalled] | None = None
+                ) -> Prediction:
         """Stages and heads, coarse to fine.
 
         Args:
@@ -224,7 +236,7 @@ class STCOcc(BaseDetector):
             plan: The frame's plan, on the device of the features.
             memory: What the previous frame returned, as it was when the plan was made.
             histories_out: See :meth:`compute`.
-            warped: The memory's histories in the current frame, see :meth:`SparseFusion.warp_history`, if there.
+            recalled: For each stage, finest first, what was made of the memory before.
         """
         geometry, batch = plan.stages, len(plan.bda)
         context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
@@ -234,17 +246,17 @@ class STCOcc(BaseDetector):
             if coarser is not None:
                 volume, height_mean = upsample_add(volume, coarser)
             previous = memory.newest_volume(s) if memory is not None else None
+            past = Recalled() if recalled is None else recalled[s]
             bev, stage = self.backward_projection_list[s](
                 volume, context, depth, logits, previous, geometry.previous_flips, geometry.bda, geometry.start_mask,
-                geometry.shift, geometry.image_from_augmented, height_mean)
+                geometry.shift, geometry.image_from_augmented, height_mean, past.previous_map)
             logits = stage.detach()
             occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
             # In the dtype of the volume, which under autocast is that of the convolutions.
             volume = torch.addcmul(volume, bev[:, :, None].to(volume.dtype), occupied[:, None].to(volume.dtype))
             if self.temporal_fusion_list:
                 volume, history = self._fuse(s, volume, logits, occupied, plan, memory,
-                                             None if histories_out is None else histories_out[s],
-                                             None if warped is None else warped[s])
+                                             None if histories_out is None else histories_out[s], past.history)
                 histories.append(history)
             stage_logits.append(stage)
             coarser = volume

@@ -5,6 +5,7 @@ import tiny_model as tiny
 import torch
 
 from mmdet3d.models.view_transforms.feature_reuse import CACHED
+from mmdet3d.utils.beside import Beside
 
 CAMS, FRAMES = tiny.CAMS, 3
 
@@ -118,6 +119,24 @@ def test_the_newest_pictures_can_go_first(model, batch):
         found, _ = model.compute(torch.full_like(inputs[0], torch.nan), plan, memory, newest=newest)
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
     assert torch.equal(found.memory.features.stereo, expected.memory.features.stereo)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_needs_no_pictures_can_go_first(model, batch):
+    network = model.forward_projection
+    with torch.no_grad():
+        memory = model.run(*sample((1, 0, -1), False, batch))[0].memory
+        inputs, metas = sample((2, 1, 0), False, batch)
+        plan = model.plan(inputs, metas, memory)
+        torch.manual_seed(0)
+        expected, _ = model.compute(inputs[0], plan, memory)
+        targets = Beside(lambda: network.img_view_transformer.pool_targets(plan.lifts))
+        features = network(inputs[0], plan.lifts, plan.reuse, memory.features, targets=targets)
+        torch.manual_seed(0)
+        found = model.cascade(features, plan, memory, recalled=model._recall(plan, memory, None))
+    assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
+    for mine, theirs in zip(found.memory.histories, expected.memory.histories, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_training_and_gradients_do_without(model):
