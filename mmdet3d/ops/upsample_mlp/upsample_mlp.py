@@ -28,6 +28,11 @@ def upsample_mlp(hidden: Tensor, weight: Tensor, bias: Tensor, *, fine: Tensor |
     borders. Sums are in float32 (float64 for float64 inputs). CUDA has a fused kernel; on CPUs slabs of the volume run
     through PyTorch's vectorised kernels. The backward pass adds in a fixed order.
 
+    For float16 and bfloat16 ``hidden`` with a multiple of 16 channels, CUDA multiplies by tensor cores: there weights
+    and results of the softplus are rounded to that type, as autocast would round them for a linear layer.
+    Interpolation, softplus, sums, bias and residual stay in float32, and so does all of the backward pass. With float32
+    ``hidden`` nothing is rounded.
+
     Args:
         hidden: (B, Z, Y, X, H) coarse values before the softplus; float32, float64, float16 or bfloat16.
         weight: (K, H) of the linear layer.
