@@ -1,12 +1,14 @@
 // Forward pass of upsample_mlp by tensor cores, for float16 and bfloat16.
 //
 // A cell (see Span) is 2 x 2 x 2 coarse voxels and the 2 x 2 x 2 fine ones between them. A warp takes eight cells, a
-// group of four lanes each, and 16 channels a step, of which each lane of a group takes four in a row: it loads them of
-// the eight coarse voxels, interpolates, applies the softplus and has, without any exchange, exactly what it must
-// provide of the left operands of four products m16n8k16: rows g and g + 8 of product m are fine voxels 2m and 2m + 1
-// of the cell of group g. The order of the channels in a product is free, as long as the weights follow it.
+// group of four lanes each, and 16 channels for a product, of which each lane of a group takes four in a row: it loads
+// them of the eight coarse voxels, interpolates, applies the softplus and has, without any exchange, exactly what it
+// must provide of the left operands of four products m16n8k16: rows g and g + 8 of product m are fine voxels 2m and
+// 2m + 1 of the cell of group g. The order of the channels in a product is free, as long as the weights follow it. So a
+// lane can also load the channels of two products at once: memory is read in fewer and larger pieces.
 //
-// The work is bounded by the two calls of the special function unit in a softplus, then by instructions issued.
+// The work is bounded by the two calls of the special function unit in a softplus and, about as much, by the number of
+// instructions.
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/util/BFloat16.h>
@@ -34,7 +36,7 @@ constexpr int kLaneChannels = 4;
 constexpr int kMaxShared = 48 * 1024;
 constexpr float kFar = 0.25f;
 
-// Four channels of a voxel.
+// What a lane provides of a voxel, or of a column of the weights, for a product: four channels.
 using Quad = uint2;
 
 // The two coarse and the two fine voxels of a cell along one axis. Cell c lies between the coarse voxels c - 1 and c
@@ -145,14 +147,26 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a
 #endif
 }
 
-template <typename T>
-__device__ __forceinline__ Quad load_quad(const T* from, uint32_t bytes) {
-  return __ldg(reinterpret_cast<const Quad*>(reinterpret_cast<const char*>(from) + bytes));
+// What a lane loads of a voxel at once: for one product or for two.
+template <int QUADS>
+struct alignas(sizeof(Quad) * QUADS) Chunk {
+  Quad quad[QUADS];
+};
+
+template <int QUADS, typename T>
+__device__ __forceinline__ Chunk<QUADS> load_chunk(const T* from, uint32_t bytes) {
+  const char* at = reinterpret_cast<const char*>(from) + bytes;
+  if constexpr (QUADS == 1) {
+    return {__ldg(reinterpret_cast<const uint2*>(at))};
+  } else {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(at));
+    return {{{v.x, v.y}, {v.z, v.w}}};
+  }
 }
 
 // Weights of outputs first <= k < first + WIDTH * kColumns, zero past K, in the order in which lanes need them:
-// (step, product side by side, lane). Channels 4t .. 4t + 3 of a step are rows 2t, 2t + 1, 2t + 8, 2t + 9 of b.
-template <typename T, int WIDTH>
+// (product after product, product side by side, lane). A lane t of a group provides rows 2t, 2t + 1, 2t + 8 and 2t + 9.
+template <typename T, int WIDTH, int QUADS>
 __device__ void load_weights(const Args<T>& args, int first, Quad* weights) {
   const int channels = args.size.hidden, count = channels / kStep * WIDTH * kWarp;
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
@@ -160,27 +174,30 @@ __device__ void load_weights(const Args<T>& args, int first, Quad* weights) {
     const int k = first + part * kColumns + lane / 4;
     Quad quad{0, 0};
     if (k < args.size.outputs) {
-      const float* w = args.weight + int64_t(k) * channels + step * kStep + lane % 4 * kLaneChannels;
+      const int channel = step / QUADS * QUADS * kStep + (lane % 4 * QUADS + step % QUADS) * kLaneChannels;
+      const float* w = args.weight + int64_t(k) * channels + channel;
       quad = {pack<T>(w[0], w[1]), pack<T>(w[2], w[3])};
     }
     weights[i] = quad;
   }
 }
 
-// The left operands of a step: products x registers. `guide` is added before the softplus.
-template <typename T, bool GUIDED>
-__device__ __forceinline__ void activations(const Quad (&coarse)[kCorners], const Quad (&guide)[kCorners],
-                                            const Cell& cell, uint32_t (&a)[kProducts][4]) {
+// The left operands of the q-th products of what was loaded: pairs of fine voxels x registers. `guide` is added before
+// the softplus.
+template <typename T, bool GUIDED, int QUADS>
+__device__ __forceinline__ void activations(const Chunk<QUADS> (&coarse)[kCorners],
+                                            const Chunk<QUADS> (&guide)[kCorners], int q, const Cell& cell,
+                                            uint32_t (&a)[kProducts][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float2 v[kCorners];
 #pragma unroll
-    for (int i = 0; i < kCorners; ++i) v[i] = unpack<T>(half ? coarse[i].y : coarse[i].x);
+    for (int i = 0; i < kCorners; ++i) v[i] = unpack<T>(half ? coarse[i].quad[q].y : coarse[i].quad[q].x);
     interpolate(v, cell);
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) {
       if constexpr (GUIDED) {
-        const float2 more = unpack<T>(half ? guide[i].y : guide[i].x);
+        const float2 more = unpack<T>(half ? guide[i].quad[q].y : guide[i].quad[q].x);
         v[i] = {v[i].x + more.x, v[i].y + more.y};
       }
       a[i / 2][2 * half + i % 2] = pack<T>(softplus(v[i].x), softplus(v[i].y));
@@ -188,8 +205,8 @@ __device__ __forceinline__ void activations(const Quad (&coarse)[kCorners], cons
   }
 }
 
-// Outputs k and k + 1 of a voxel, k even. With PAIRS both are there and aligned to eight bytes, or else k + 1 need not be
-// there (`both`).
+// Outputs k and k + 1 of a voxel, k even. With PAIRS both are there and aligned to eight bytes; otherwise `both` says
+// whether k + 1 is there.
 template <bool PAIRS>
 __device__ __forceinline__ float2 load_two(const float* from, bool both) {
   if constexpr (PAIRS) return __ldg(reinterpret_cast<const float2*>(from));
@@ -239,15 +256,15 @@ template <int WIDTH, bool GUIDED>
 constexpr int kBlocks = WIDTH > 1 && GUIDED ? 1 : 2;
 
 // Outputs first <= k < first + WIDTH * kColumns of all fine voxels. A block takes a run of neighbouring cells.
-template <typename T, int WIDTH, bool GUIDED>
+template <typename T, int WIDTH, bool GUIDED, int QUADS>
 __global__ void __launch_bounds__(kWarps* kWarp, (kBlocks<WIDTH, GUIDED>))
     mma_kernel(const Args<T> args, int first, bool pairs, uint32_t cells) {
   extern __shared__ Quad weights[];
-  load_weights<T, WIDTH>(args, first, weights);
+  load_weights<T, WIDTH, QUADS>(args, first, weights);
   __syncthreads();
   const Sizes& size = args.size;
   const uint32_t lane = threadIdx.x % kWarp, steps = size.hidden / kStep;
-  const uint32_t row_bytes = size.hidden * sizeof(T), lane_bytes = lane % 4 * sizeof(Quad);
+  const uint32_t row_bytes = size.hidden * sizeof(T), lane_bytes = lane % 4 * sizeof(Chunk<QUADS>);
   const uint64_t groups = (cells + kCells - 1) / kCells;
   const uint32_t end = (blockIdx.x + 1) * groups / gridDim.x;
   for (uint32_t group = blockIdx.x * groups / gridDim.x + threadIdx.x / kWarp; group < end; group += kWarps) {
@@ -258,22 +275,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, (kBlocks<WIDTH, GUIDED>))
     for (int i = 0; i < kCorners; ++i) row[i] = cell.hidden_voxel(i, size) * row_bytes + lane_bytes;
     float sum[kProducts][WIDTH][4] = {};
 #pragma unroll 1
-    for (uint32_t step = 0; step < steps; ++step) {
-      Quad coarse[kCorners], guide[kCorners];
+    for (uint32_t step = 0; step < steps; step += QUADS) {
+      Chunk<QUADS> coarse[kCorners], guide[kCorners];
 #pragma unroll
       for (int i = 0; i < kCorners; ++i) {
-        coarse[i] = load_quad(args.hidden + step * kStep, row[i]);
+        coarse[i] = load_chunk<QUADS>(args.hidden + step * kStep, row[i]);
         if constexpr (GUIDED) {
-          guide[i] = load_quad(args.fine + step * kStep, cell.fine_voxel(i, size) * row_bytes + lane_bytes);
+          guide[i] = load_chunk<QUADS>(args.fine + step * kStep, cell.fine_voxel(i, size) * row_bytes + lane_bytes);
         }
       }
-      uint32_t a[kProducts][4];
-      activations<T, GUIDED>(coarse, guide, cell, a);
 #pragma unroll
-      for (int part = 0; part < WIDTH; ++part) {
-        const Quad b = weights[(step * WIDTH + part) * kWarp + lane];
+      for (int q = 0; q < QUADS; ++q) {
+        uint32_t a[kProducts][4];
+        activations<T, GUIDED>(coarse, guide, q, cell, a);
 #pragma unroll
-        for (int m = 0; m < kProducts; ++m) multiply_add<T>(sum[m][part], a[m], b);
+        for (int part = 0; part < WIDTH; ++part) {
+          const Quad b = weights[((step + q) * WIDTH + part) * kWarp + lane];
+#pragma unroll
+          for (int m = 0; m < kProducts; ++m) multiply_add<T>(sum[m][part], a[m], b);
+        }
       }
     }
     if (index < cells) {
@@ -287,7 +307,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, (kBlocks<WIDTH, GUIDED>))
   }
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Quad) == 0; }
+bool aligned(const void* pointer, size_t bytes = sizeof(Quad)) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 // Whether the kernel runs here: the GPU has these products, and the kernel was compiled for one that has.
 template <typename Kernel>
@@ -297,11 +319,11 @@ bool has_products(Kernel* kernel) {
   return at::cuda::getCurrentDeviceProperties()->major >= 8 && attributes.ptxVersion >= 80;
 }
 
-template <typename T, int WIDTH, bool GUIDED>
+template <typename T, int WIDTH, bool GUIDED, int QUADS>
 bool launch(const Args<T>& args) {
   const Sizes& size = args.size;
   const int shared = size.hidden / kStep * WIDTH * kWarp * static_cast<int>(sizeof(Quad));
-  const auto kernel = &mma_kernel<T, WIDTH, GUIDED>;
+  const auto kernel = &mma_kernel<T, WIDTH, GUIDED, QUADS>;
   if (shared > kMaxShared || !has_products(kernel)) return false;
   const bool pairs = size.outputs % 2 == 0 && aligned(args.residual) && aligned(args.bias) && aligned(args.out);
   const int64_t cells = int64_t(size.batch) * size.z * size.y * size.x;
@@ -325,8 +347,10 @@ bool forward_by_tensor_cores(const Args<T>& args) {
   const int64_t voxels = int64_t(size.batch) * size.z * size.y * size.x, row_bytes = size.hidden * sizeof(T);
   const bool small = std::max<int64_t>(kCorners, row_bytes * (args.fine ? kCorners : 1)) * voxels < int64_t(1) << 32;
   if (size.hidden % kStep != 0 || !small || !aligned(args.hidden) || !aligned(args.fine)) return false;
-  if (size.outputs <= kColumns) return args.fine ? launch<T, 1, true>(args) : launch<T, 1, false>(args);
-  return args.fine ? launch<T, kWide, true>(args) : launch<T, kWide, false>(args);
+  if (size.outputs <= kColumns) return args.fine ? launch<T, 1, true, 1>(args) : launch<T, 1, false, 1>(args);
+  if (args.fine) return launch<T, kWide, true, 1>(args);
+  const bool two = size.hidden % (2 * kStep) == 0 && aligned(args.hidden, sizeof(Chunk<2>));
+  return two ? launch<T, kWide, false, 2>(args) : launch<T, kWide, false, 1>(args);
 }
 
 template bool forward_by_tensor_cores(const Args<c10::Half>& args);
