@@ -118,6 +118,7 @@ class Drive:
                 "lidar2img": torch.from_numpy(image_from_ego @ np.linalg.inv(calibration["ego2lidar"])).float(),
                 "ego2lidar": torch.from_numpy(calibration["ego2lidar"])[None].float(), "index": index,
                 "sample_idx": f"drive-{slot}-{index}", "scene_name": f"drive-{slot}",
+                "noise_seed": 1000 * slot + index,  # as evaluation gives each sample one
                 "image_keys": tuple((slot, frame) for frame in frames)}
 
 
