@@ -4,7 +4,6 @@
 // and so do the four pixels of the reference map for as long as the next depth falls between the same four, which
 // most depths of a real rig do: beyond some metres one step in depth moves the position by less than a pixel.
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,23 +12,15 @@
 #include <limits>
 
 #include "plane_sweep.h"
+#include "plane_sweep_half.cuh"
+#include "plane_sweep_lanes.cuh"
 
 namespace mmdet3d::plane_sweep {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32;
-constexpr int kWarps = 8;    // warps of a block
-constexpr int kPixels = 32;  // pixels of a block, next to each other: they read overlapping parts of the reference map
-constexpr int kGroup = 8;    // depths whose sums are reduced together
-constexpr size_t kSharedBytes = 48 * 1024;  // what every GPU grants a block
-
-// What a lane reads in one access of 16 bytes.
+// Blocks for which a multiprocessor must have registers.
 template <typename scalar_t>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(scalar_t);
-  scalar_t value[size];
-};
+constexpr int kBlocks = sizeof(scalar_t) == 8 ? 1 : sizeof(scalar_t) == 4 ? 3 : 4;
 
 // Channels that one lane holds at a time, in the precision of the sums: 8, whatever the dtype. A warp holds 256.
 template <typename scalar_t>
@@ -54,17 +45,6 @@ struct Held {
   __device__ acc_t operator[](int i) const { return value[i]; }
 };
 
-template <typename scalar_t>
-struct Maps {
-  using acc_t = at::opmath_type<scalar_t>;
-  const scalar_t* __restrict__ current;    // (N, H, W, C)
-  const scalar_t* __restrict__ reference;  // (N, H, W, C)
-  Lattice<acc_t> lattice;
-  acc_t* __restrict__ cost;  // (N, D, H, W); probabilities: (N, H, W, D)
-  int64_t channels, num_depths, height, width;
-  Options options;
-};
-
 // Sums over the warp of eight values per lane: lane i returns the sum of value i % 8. Halving the values with the
 // lanes takes 9 exchanges, where eight separate sums would take 40.
 template <typename acc_t>
@@ -82,33 +62,6 @@ __device__ acc_t sum_group(acc_t (&value)[kGroup], int lane) {
 #pragma unroll
   for (int step = kGroup; step < kWarp; step *= 2) value[0] += __shfl_xor_sync(kAllLanes, value[0], step);
   return value[0];
-}
-
-// Position of one depth; every lane has another one.
-template <typename acc_t>
-struct LanePosition {
-  int index;  // see Position
-  acc_t right, lower;
-  // Of the four pixels around the position: the place of the upper left one in the map, which may lie beyond it, and a
-  // bit for each that is in the map (upper left, upper right, lower left, lower right).
-  int upper_left, present;
-
-  __device__ LanePosition() : index(-1), right(0), lower(0), upper_left(0), present(0) {}
-  __device__ LanePosition(const Position<acc_t>& at, int height, int width)
-      : index(static_cast<int>(at.index)), right(at.right), lower(at.lower), upper_left(0), present(0) {
-    const int row = index / (width + 2) - 1, column = index % (width + 2) - 1;  // see Position
-    upper_left = row * width + column;
-    const int above = row >= 0 && row < height, below = row + 1 >= 0 && row + 1 < height;
-    const int left = column >= 0 && column < width, after = column + 1 >= 0 && column + 1 < width;
-    present = index < 0 ? 0 : (above & left) | (above & after) << 1 | (below & left) << 2 | (below & after) << 3;
-  }
-};
-
-// One of the four pixels around a position; pixels that are not in the map may not be read.
-template <typename scalar_t>
-__device__ const scalar_t* corner_pixel(const Maps<scalar_t>& maps, const scalar_t* map, int upper_left, int corner) {
-  const int offset = corner / 2 * static_cast<int>(maps.width) + corner % 2;
-  return map + static_cast<int64_t>(upper_left + offset) * maps.channels;
 }
 
 // This lane's share of the cost at the depth of lane `from`. `taps` holds the four pixels around `held_index`, and is
@@ -142,40 +95,13 @@ __device__ acc_t lane_cost(const Maps<scalar_t>& maps, const scalar_t* map, cons
   return sum;
 }
 
-// Penalty of this lane's own depth.
-template <typename scalar_t, typename acc_t>
-__device__ acc_t lane_penalty(const Maps<scalar_t>& maps, const scalar_t* map, const LanePosition<acc_t>& at) {
-  const Options& options = maps.options;
-  if (options.invalid_channel < 0 && !options.invalid_by_position) return 0;
-  if (at.index < 0) return options.invalid_penalty;
-  if (options.invalid_by_position) return 0;
-  acc_t value[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    value[i] = at.present >> i & 1
-                   ? static_cast<acc_t>(corner_pixel(maps, map, at.upper_left, i)[options.invalid_channel]) : acc_t(0);
-  }
-  const acc_t left = 1 - at.right, top = 1 - at.lower;
-  const acc_t warped = left * top * value[0] + at.right * top * value[1] + left * at.lower * value[2] +
-                       at.right * at.lower * value[3];
-  return warped == 0 ? options.invalid_penalty : 0;
-}
-
 // Cost of one pixel at depth `first_depth + lane`, computed by the whole warp.
-template <typename scalar_t, typename acc_t>
+template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
 __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t pixel, int64_t first_depth, int lane) {
   const scalar_t* map = maps.reference + camera * maps.height * maps.width * maps.channels;
   const scalar_t* here = maps.current + (camera * maps.height * maps.width + pixel) * maps.channels;
   const int count = static_cast<int>(min(static_cast<int64_t>(kWarp), maps.num_depths - first_depth));
-  LanePosition<acc_t> own;
-  if (lane < count) {
-    const Lattice<acc_t>& lattice = maps.lattice;
-    const Camera<acc_t>& rig = lattice.cameras[camera];
-    const acc_t u = lattice.columns[pixel % maps.width], v = lattice.rows[pixel / maps.width];
-    const Point<acc_t> at = older_position(lattice, rig, original_pixel(rig, u, v), lattice.depths[first_depth + lane]);
-    own = LanePosition<acc_t>(locate(at, maps.height, maps.width), static_cast<int>(maps.height),
-                              static_cast<int>(maps.width));
-  }
+  const auto own = lane_position<scalar_t, acc_t>(maps, camera, pixel, first_depth, count, lane);
   acc_t total = lane_penalty<scalar_t, acc_t>(maps, map, own);
   for (int64_t first = 0; first < maps.channels; first += 8 * kWarp) {
     Held<scalar_t> features, taps[4];
@@ -198,7 +124,7 @@ __device__ acc_t warp_cost(const Maps<scalar_t>& maps, int64_t camera, int64_t p
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kWarp* kWarps, sizeof(scalar_t) < 8 ? 3 : 1) plane_sweep_kernel(const Maps<scalar_t> maps) {
+__global__ void __launch_bounds__(kWarp* kWarps, kBlocks<scalar_t>) plane_sweep_kernel(const Maps<scalar_t> maps) {
   using acc_t = at::opmath_type<scalar_t>;
   static_assert(kPixels == kWarp, "a warp writes one depth of all pixels of the block");
   __shared__ acc_t tile[kWarp][kPixels + 1];  // (depth, pixel); the extra column avoids bank conflicts
@@ -209,7 +135,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, sizeof(scalar_t) < 8 ? 3 : 1) p
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int64_t first_depth = 0; first_depth < maps.num_depths; first_depth += kWarp) {
     for (int p = warp; p < kPixels && first_pixel + p < num_pixels; p += kWarps) {
-      tile[lane][p] = warp_cost<scalar_t, acc_t>(maps, camera, first_pixel + p, first_depth, lane);
+      tile[lane][p] = warp_cost(maps, camera, first_pixel + p, first_depth, lane);
     }
     __syncthreads();
     for (int row = warp; row < kWarp && first_depth + row < maps.num_depths; row += kWarps) {
@@ -222,7 +148,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, sizeof(scalar_t) < 8 ? 3 : 1) p
 
 // The softmax over depth of the negated costs. A lane keeps the depths lane, lane + 32, ... of its warp's pixel.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kWarp* kWarps, sizeof(scalar_t) < 8 ? 3 : 1) probability_kernel(const Maps<scalar_t> maps) {
+__global__ void __launch_bounds__(kWarp* kWarps, kBlocks<scalar_t>) probability_kernel(const Maps<scalar_t> maps) {
   using acc_t = at::opmath_type<scalar_t>;
   extern __shared__ __align__(16) unsigned char shared[];
   const int64_t num_pixels = maps.height * maps.width, depths = maps.num_depths;
@@ -234,7 +160,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, sizeof(scalar_t) < 8 ? 3 : 1) p
   for (int p = warp; p < kPixels && first_pixel + p < num_pixels; p += kWarps) {
     acc_t least = std::numeric_limits<acc_t>::infinity(), sum = 0;
     for (int64_t first_depth = 0; first_depth < depths; first_depth += kWarp) {
-      const acc_t cost = warp_cost<scalar_t, acc_t>(maps, camera, first_pixel + p, first_depth, lane);
+      const acc_t cost = warp_cost(maps, camera, first_pixel + p, first_depth, lane);
       if (first_depth + lane < depths) {
         own[first_depth + lane] = cost;
         least = ::fmin(least, cost);
@@ -259,11 +185,20 @@ at::Tensor as_rows(const at::Tensor& map) {
   return channels_last(map, 0, Pack<scalar_t>::size, map.scalar_type());
 }
 
+// Whether plane_sweep_half.cuh serves these features: it needs matrix products of GPUs from compute capability 7.5 on,
+// and counts the packs of a map, its pixels' channels rounded up to 8, in 32 bits.
+bool has_half_sums(const at::Tensor& features) {
+  const cudaDeviceProp& gpu = *at::cuda::getCurrentDeviceProperties();
+  const int64_t packs = features.size(2) * features.size(3) * ((features.size(1) + 7) / 8);
+  return gpu.major * 10 + gpu.minor >= 75 && packs <= std::numeric_limits<int>::max();
+}
+
 at::Tensor sweep(const at::Tensor& current, const at::Tensor& reference, const Geometry& geometry,
                  const Options& options, double min_depth, bool probabilities) {
   const c10::cuda::CUDAGuard guard(current.device());
-  if (current.scalar_type() == at::kHalf || current.scalar_type() == at::kBFloat16) {
-    // Converted once: in the loop over depths the conversions would cost more than the wider reads.
+  if (current.scalar_type() == at::kBFloat16 || (current.scalar_type() == at::kHalf && !has_half_sums(current))) {
+    // Converted once: in the loop over depths the conversions would cost more than the wider reads, and bfloat16 is too
+    // coarse to interpolate in.
     return sweep(current.to(at::kFloat), reference.to(at::kFloat), geometry, options, min_depth, probabilities);
   }
   const int64_t cameras = current.size(0), height = current.size(2), width = current.size(3);
@@ -278,7 +213,7 @@ at::Tensor sweep(const at::Tensor& current, const at::Tensor& reference, const G
   TORCH_CHECK((height + 2) * (width + 2) <= kLimit && blocks <= kLimit, "plane_sweep: ", height, " x ", width,
               " pixels of ", cameras, " cameras are more than one launch can serve");
   const Steps steps = prepare_steps(geometry, height, width, dtype, min_depth);
-  AT_DISPATCH_FLOATING_TYPES(current.scalar_type(), "plane_sweep_cuda", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kHalf, current.scalar_type(), "plane_sweep_cuda", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const at::Tensor now = as_rows<scalar_t>(current), before = as_rows<scalar_t>(reference);
     const Maps<scalar_t> maps{
