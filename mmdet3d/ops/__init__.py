@@ -1,6 +1,6 @@
 """Custom operators: one folder each, with contract, plain reference, CPU and CUDA versions."""
 
-from .bev_pool_v2 import PoolOrder, bev_pool_v2, bev_pool_v2_reference, sort_by_cell
+from .bev_pool_v2 import PoolOrder, bev_pool_v2, bev_pool_v2_reference, bev_pool_v2_stacked, sort_by_cell
 from .history_warp import history_warp, history_warp_reference
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
 from .oa_cross_attention import (
@@ -30,6 +30,7 @@ __all__ = [
     "assign_queries_reference",
     "bev_pool_v2",
     "bev_pool_v2_reference",
+    "bev_pool_v2_stacked",
     "depth_consistency",
     "depth_consistency_reference",
     "history_warp",

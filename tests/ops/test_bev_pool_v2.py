@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdet3d.ops import PoolOrder, bev_pool_v2, bev_pool_v2_reference, sort_by_cell
+from mmdet3d.ops import PoolOrder, bev_pool_v2, bev_pool_v2_reference, bev_pool_v2_stacked, sort_by_cell
 from mmdet3d.ops._library import AVAILABLE
 
 GRID = (2, 3, 4)  # (Z, Y, X)
@@ -49,6 +49,7 @@ def bench_cases(device, dtype):
     grid = (8, 100, 100)
     depth, context, cells = make_rig_case(device, dtype)
     order = sort_by_cell(cells, grid)
+    two = make_rig_case(device, dtype, sizes=(2, 6, 88, 16, 44, 80))
     leaves = [depth.clone().requires_grad_(), context.clone().requires_grad_()]
     grad = torch.randn(1, 80, *grid, device=device, dtype=dtype)
 
@@ -65,6 +66,11 @@ def bench_cases(device, dtype):
             "bev_pool_v2 forward, order given",
             lambda: bev_pool_v2(depth, context, cells, grid, order=order),
             lambda: bev_pool_v2_reference(depth, context, cells, grid),
+        ),
+        (
+            "bev_pool_v2_stacked, sorting included",
+            lambda: bev_pool_v2_stacked(*two, grid, 2),
+            lambda: bev_pool_v2_reference(*two, grid).flatten(0, 1)[None],
         ),
         (
             "bev_pool_v2 backward",
@@ -174,6 +180,31 @@ def test_half_precision_is_summed_in_float32(device, dtype):
         assert actual.dtype == dtype
         # Only the result is rounded: half a unit in the last place of each number.
         torch.testing.assert_close(actual.double().cpu(), target, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 5, 2, 7, 6), (6, 2, 4, 3, 5, 33), (4, 1, 3, 2, 2, 160)])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_frames_become_channels(device, sizes, dtype, ordered):
+    depth, context, cells = make_case(device, torch.float32, sizes=sizes)
+    order = sort_by_cell(cells, GRID) if ordered else None
+    volume = bev_pool_v2_stacked(depth, context, cells, GRID, 2, order=order, dtype=dtype)
+    frames = bev_pool_v2(depth, context, cells, GRID).to(volume.dtype).unflatten(0, (2, -1))
+    assert volume.shape == (sizes[0] // 2, 2 * sizes[-1], *GRID) and volume.dtype == (dtype or torch.float32)
+    assert torch.equal(volume, torch.cat([frames[0], frames[1]], 1))
+    assert device == "cpu" or volume.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_gradients_of_frames_as_channels(device):
+    depth, context, cells = make_case(device)
+    inputs = (depth.requires_grad_(), context.requires_grad_())
+    assert torch.autograd.gradcheck(lambda *leaves: bev_pool_v2_stacked(*leaves, cells, GRID, 2), inputs)
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_frames_of_different_numbers_are_refused(device, frames):
+    with pytest.raises(ValueError, match=f"frames must divide the 2 samples, got {frames}"):
+        bev_pool_v2_stacked(*make_case(device, torch.float32), GRID, frames)
 
 
 def test_noncontiguous_inputs(device):

@@ -187,12 +187,11 @@ class BEVDetStereoForwardProjection(BaseModule):
         matches = self._matches(frames, geometry, reuse, cache, lifted)
         neck = torch.cat([frames[f].neck for f in reversed(range(lifted))])
         matching = torch.cat(matches[::-1]) if matches else None
-        volume, depth, context = transform.lift_splat(neck, matching, geometry, targets)
-        volume = volume.unflatten(0, (lifted, -1))
+        volume, depth, context = transform.lift_splat(neck, matching, geometry, targets, lifted)
         if lifted == 1:
-            volume = torch.cat([torch.zeros_like(volume), volume])
+            volume = torch.cat([torch.zeros_like(volume), volume], 1)
         features = KeyFeatures(*frames[0], matches[0] if matches else None) if reuse.remember else None
-        return volume.transpose(0, 1).flatten(1, 2), depth[-entries:], context[-entries:], features
+        return volume, depth[-entries:], context[-entries:], features
 
     def _frames_to_compute(self, reuse: FeatureReuse, lifted: int) -> tuple[list[int], list[int]]:
         """Frames that need both features, and those that are only matched with, which need the stereo feature."""

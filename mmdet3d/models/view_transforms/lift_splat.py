@@ -19,11 +19,12 @@ from mmdet3d.models.view_transforms.geometry import (
     frustum_rays,
     sweep_geometry,
 )
-from mmdet3d.ops import PoolOrder, bev_pool_v2, sort_by_cell
+from mmdet3d.ops import PoolOrder, bev_pool_v2, bev_pool_v2_stacked, sort_by_cell
 from mmdet3d.ops.plane_sweep import SweepGeometry
 from mmdet3d.registry import NECKS, check_keys
 from mmdet3d.structures import VoxelGrid, depth_bins
 from mmdet3d.utils.beside import Beside
+from mmdet3d.utils.precision import working_dtype
 
 
 def grid_bounds(grid: VoxelGrid) -> Tensor:
@@ -142,17 +143,21 @@ class LSSForwardProjection(BaseModule):
         return self.lift_splat(feature, None, geometry)
 
     def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry,
-                   targets: Beside[PoolTargets] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                   targets: Beside[PoolTargets] | None = None, frames: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`forward`, with an optional stereo matching [B * N, D, h, w] for the depth.
 
-        ``targets`` is :meth:`pool_targets` of the geometry, if it was begun before.
+        ``targets`` is :meth:`pool_targets` of the geometry, if it was begun before. The samples are ``frames`` times B,
+        frame after frame, whose volumes are joined to [B, frames * C, Z, Y, X], in the dtype of autocast.
         """
         logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), matching)
         depth = logits.softmax(1)
         cells, order = PoolTargets(self._cells(geometry)) if targets is None else targets.get()
         per_camera = cells.shape[:2]
-        volume = bev_pool_v2(depth.unflatten(0, per_camera), context.unflatten(0, per_camera).permute(0, 1, 3, 4, 2),
-                             cells, self.grid.size_zyx, order=order)
+        inputs = depth.unflatten(0, per_camera), context.unflatten(0, per_camera).permute(0, 1, 3, 4, 2), cells
+        if frames == 1:
+            volume = bev_pool_v2(*inputs, self.grid.size_zyx, order=order)
+        else:
+            volume = bev_pool_v2_stacked(*inputs, self.grid.size_zyx, frames, order=order, dtype=working_dtype(depth))
         return volume, depth, context
 
     def pool_targets(self, geometry: LiftGeometry) -> PoolTargets:

@@ -21,10 +21,12 @@ from .._checks import (
     check_shape,
     full_precision_under_autocast,
 )
-from .._library import AVAILABLE, use_compiled
+from .._library import AVAILABLE, built_with_cuda, use_compiled
 from .reference import bev_pool_v2_reference, sort_by_cell_reference
 
 _COMPILED = AVAILABLE and hasattr(torch.ops.mmdet3d, "bev_pool_v2_forward")
+#: False for a library that was built before this operator was written.
+_STACKED = _COMPILED and hasattr(torch.ops.mmdet3d, "bev_pool_v2_stacked")
 _MAX_INT32 = 2**31 - 1
 
 
@@ -86,6 +88,50 @@ def bev_pool_v2(
         volume = _forward_op(depth.float(), context.float(), cell_index, order, grid_size)
         return volume.to(depth.dtype)
     return _forward_op(depth, context, cell_index, order, grid_size)
+
+
+def bev_pool_v2_stacked(
+    depth: Tensor,
+    context: Tensor,
+    cell_index: Tensor,
+    grid_size: tuple[int, int, int],
+    frames: int,
+    *,
+    order: PoolOrder | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`bev_pool_v2` of several frames of each sample, as the channels of one volume.
+
+    Args:
+        depth, context, cell_index: As for :func:`bev_pool_v2`, of F * B samples: frame after frame, B in each.
+        grid_size, order: As for :func:`bev_pool_v2`.
+        frames: F.
+        dtype: Of the result, rounded to from the sums; default: that of ``depth``.
+
+    Returns:
+        (B, F * C, Z, Y, X), the channels of frame f from f * C on; channels last in memory where it comes from the
+        fused CUDA kernel: for float32 ``depth`` while no gradient is recorded.
+
+    Raises:
+        TypeError, ValueError: as :func:`bev_pool_v2`, or the samples are not F frames of the same number.
+    """
+    if as_integer("frames", frames) < 1 or depth.shape[0] % frames:
+        raise ValueError(f"frames must divide the {depth.shape[0]} samples, got {frames}")
+    depth, context = full_precision_under_autocast(depth, context)
+    dtype = depth.dtype if dtype is None else dtype
+    recorded = torch.is_grad_enabled() and (depth.requires_grad or context.requires_grad)
+    fused = _STACKED and depth.is_cuda and built_with_cuda() and not recorded and dtype in FLOAT_DTYPES
+    if not (fused and depth.dtype == torch.float32 and dtype != torch.float64):
+        volume = bev_pool_v2(depth, context, cell_index, grid_size, order=order)
+        return volume.unflatten(0, (frames, -1)).transpose(0, 1).flatten(1, 2).to(dtype)
+    grid_size = _check_grid(grid_size)
+    _check_inputs(depth, context, cell_index, grid_size)
+    if order is None:
+        order = sort_by_cell(cell_index, grid_size)
+    else:
+        _check_order(order, cell_index, grid_size)
+    rows = torch.ops.mmdet3d.bev_pool_v2_stacked(depth, context, order.points, order.starts, grid_size, frames, dtype)
+    return rows.permute(0, 4, 1, 2, 3)
 
 
 def sort_by_cell(cell_index: Tensor, grid_size: tuple[int, int, int]) -> PoolOrder:
@@ -188,8 +234,15 @@ def _sort_fake(cell_index, num_cells):
     return torch.empty(cell_index.numel(), **options), starts
 
 
+def _stacked_fake(depth, context, points, starts, grid_size, frames, dtype):
+    size = (context.shape[0] // frames, *grid_size, frames * context.shape[-1])
+    return context.new_empty(size, dtype=dtype)
+
+
 def _register() -> None:
     library = torch.library
+    if _STACKED:
+        library.register_fake("mmdet3d::bev_pool_v2_stacked", _stacked_fake)
     library.register_fake("mmdet3d::bev_pool_v2_sort", _sort_fake)
     library.register_fake("mmdet3d::bev_pool_v2_forward", _forward_fake)
     library.register_fake("mmdet3d::bev_pool_v2_backward", _backward_fake)

@@ -68,6 +68,10 @@ TORCH_LIBRARY_FRAGMENT(mmdet3d, m) {
   m.def(
       "bev_pool_v2_forward(Tensor depth, Tensor context, Tensor cell_index, Tensor points, Tensor starts, "
       "SymInt[3] grid_size) -> Tensor");
+  // On CUDA: what `frames` samples pool as one volume, channels last, (B / frames, Z, Y, X, frames * C) in `dtype`.
+  m.def(
+      "bev_pool_v2_stacked(Tensor depth, Tensor context, Tensor points, Tensor starts, SymInt[3] grid_size, "
+      "SymInt frames, ScalarType dtype) -> Tensor");
   // Gradients of depth and context.
   m.def(
       "bev_pool_v2_backward(Tensor grad_volume, Tensor depth, Tensor context, Tensor cell_index) "

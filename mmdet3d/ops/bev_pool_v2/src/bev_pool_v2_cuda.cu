@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "bev_pool_v2.h"
 
@@ -95,6 +96,35 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp) forward_kernel(const For
     if (column >= voxels) continue;
     const int64_t sample = (first_voxel + column) / cells, cell = (first_voxel + column) % cells;
     args.volume[(sample * channels + first_channel + row) * cells + cell] = static_cast<T>(tile[column][row]);
+  }
+}
+
+// As forward_kernel, but what `frames` samples pool is one volume, channels last: (B / frames, V, frames * C). A warp
+// writes its voxel's channels itself, next to each other.
+template <typename T, typename Out, typename Acc, int K>
+__global__ void __launch_bounds__(kForwardWarps* kWarp)
+    stacked_kernel(const ForwardArgs<T> args, Out* volume, int64_t frames) {
+  __shared__ int next_voxel;
+  const int64_t channels = args.sizes.channels, cells = args.sizes.cells, groups = args.sizes.batch / frames;
+  const int64_t first_voxel = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t first_channel = static_cast<int64_t>(blockIdx.y) * K * kWarp;
+  const int voxels = static_cast<int>(min(static_cast<int64_t>(kTile), args.sizes.voxels() - first_voxel));
+  const int lane = threadIdx.x % kWarp;
+  if (threadIdx.x == 0) next_voxel = 0;
+  __syncthreads();
+  while (true) {
+    int next = lane == 0 ? atomicAdd(&next_voxel, 1) : 0;
+    next = __shfl_sync(kFullMask, next, 0);
+    if (next >= voxels) break;
+    const int64_t voxel = first_voxel + next, sample = voxel / cells;
+    Acc sum[K] = {};
+    pool_voxel<T, Acc, K>(args, voxel, first_channel, sum);
+    Out* row = volume + ((sample % groups * cells + voxel % cells) * frames + sample / groups) * channels;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int64_t channel = first_channel + lane + k * kWarp;
+      if (channel < channels) row[channel] = static_cast<Out>(sum[k]);
+    }
   }
 }
 
@@ -254,6 +284,39 @@ at::Tensor forward(const at::Tensor& depth, const at::Tensor& context, const at:
   return volume;
 }
 
+at::Tensor stacked(const at::Tensor& depth, const at::Tensor& context, const at::Tensor& points,
+                   const at::Tensor& starts, at::IntArrayRef grid_size, int64_t frames, at::ScalarType dtype) {
+  const Sizes sizes = check_inputs(depth, context, depth, count_cells(grid_size));
+  check_order(points, starts, depth, sizes);
+  TORCH_CHECK(depth.scalar_type() == at::kFloat, "bev_pool_v2_stacked: depth must be float32, got ",
+              depth.scalar_type());
+  TORCH_CHECK(frames > 0 && sizes.batch % frames == 0, "bev_pool_v2_stacked: ", sizes.batch, " samples are not ", frames,
+              " frames of the same number");
+  const c10::cuda::CUDAGuard guard(depth.device());
+  at::Tensor volume = at::empty({sizes.batch / frames, grid_size[0], grid_size[1], grid_size[2],
+                                 frames * sizes.channels}, context.options().dtype(dtype));
+  if (volume.numel() == 0) return volume;
+  const auto depth_c = depth.contiguous(), context_c = context.contiguous();
+  const auto points_c = points.contiguous(), starts_c = starts.contiguous();
+  const ForwardArgs<float> args{depth_c.const_data_ptr<float>(), context_c.const_data_ptr<float>(),
+                                points_c.const_data_ptr<int32_t>(), starts_c.const_data_ptr<int32_t>(), nullptr, sizes};
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  const auto launch = [&](auto* out) {
+    using Out = std::remove_pointer_t<decltype(out)>;
+    with_channels_per_lane(sizes.channels, [&](auto per_lane) {
+      constexpr int K = decltype(per_lane)::value;
+      const dim3 blocks((sizes.voxels() + kTile - 1) / kTile, (sizes.channels + K * kWarp - 1) / (K * kWarp));
+      stacked_kernel<float, Out, float, K><<<blocks, kForwardWarps * kWarp, 0, stream>>>(args, out, frames);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  };
+  AT_DISPATCH_SWITCH(dtype, "bev_pool_v2_stacked",
+                     AT_DISPATCH_CASE(at::kFloat, [&] { launch(volume.mutable_data_ptr<scalar_t>()); })
+                     AT_DISPATCH_CASE(at::kHalf, [&] { launch(volume.mutable_data_ptr<scalar_t>()); })
+                     AT_DISPATCH_CASE(at::kBFloat16, [&] { launch(volume.mutable_data_ptr<scalar_t>()); }));
+  return volume;
+}
+
 template <typename T>
 at::Tensor channels_last(const at::Tensor& volume, const Sizes& sizes) {
   at::Tensor rows = at::empty({sizes.batch, sizes.cells, sizes.channels}, volume.options());
@@ -311,5 +374,6 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_volume, const
 
 TORCH_LIBRARY_IMPL(mmdet3d, CUDA, m) {
   m.impl("bev_pool_v2_forward", &mmdet3d::bev_pool_v2::forward);
+  m.impl("bev_pool_v2_stacked", &mmdet3d::bev_pool_v2::stacked);
   m.impl("bev_pool_v2_backward", &mmdet3d::bev_pool_v2::backward);
 }

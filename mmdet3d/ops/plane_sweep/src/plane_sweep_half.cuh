@@ -34,8 +34,8 @@ struct HalfPack {
   }
 };
 
-// Returns a bit for each lane whose depth has something to load. Where a pixel is not in the map, its slot keeps what it
-// holds, which a weight of 0 hides.
+// Returns a bit for each lane whose depth has something to load. Where a pixel is not in the map, its slot keeps what
+// it holds, which a weight of 0 hides.
 __device__ inline unsigned tell_depths(const LanePosition<float>& own, int width, int packs, int lane,
                                        ToldDepths& told) {
   const bool odd_row = own.index / (width + 2) & 1, odd_column = own.index % (width + 2) & 1;
@@ -94,8 +94,8 @@ __device__ inline void differences(const HalfPack& features, const HalfPack (&sl
 struct GroupSums {
   float value[4] = {0, 0, 0, 0};
 
-  // A byte for each depth of the group: the upper one of float16's 1 for the depth whose column is this lane's in the
-  // second factor, else 0. `total` has depth i in the lanes that are i modulo kGroup, if its column is 2 (i % 4) + i / 4.
+  // A byte for each depth of the group: the upper one of float16's 1 for the depth whose column of the second factor
+  // this lane holds, else 0. Depth i has column 2 (i % 4) + i / 4: then `total` is its cost in lanes i modulo kGroup.
   static __device__ uint2 column_of_lane(int lane) {
     const int column = lane / 4;
     const unsigned one = 0x3cu << 8 * (column / 2);
@@ -111,7 +111,8 @@ struct GroupSums {
     const unsigned first = reinterpret_cast<const unsigned&>(sums[0]);
     const unsigned second = reinterpret_cast<const unsigned&>(sums[1]);
 #if __CUDA_ARCH__ >= 750  // see has_half_sums
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(value[0]), "+f"(value[1]), "+f"(value[2]), "+f"(value[3])
         : "r"(first), "r"(second), "r"(ones));
 #endif
