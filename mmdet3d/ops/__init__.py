@@ -1,6 +1,7 @@
 """Custom operators: one folder each, with contract, plain reference, CPU and CUDA versions."""
 
 from .bev_pool_v2 import PoolOrder, bev_pool_v2, bev_pool_v2_reference, bev_pool_v2_stacked, sort_by_cell
+from .class_guidance import class_guidance, class_guidance_reference
 from .history_warp import history_warp, history_warp_reference
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
 from .oa_cross_attention import (
@@ -18,6 +19,7 @@ from .plane_sweep import plane_sweep, plane_sweep_reference
 from .ray_cast import RayHits, ray_cast, ray_cast_reference
 from .ray_counts import RayTotals, ray_counts, ray_counts_reference
 from .resize_crop import resize_crop, resize_crop_reference
+from .row_argmax import row_argmax, row_argmax_reference
 from .upsample_add import upsample_add, upsample_add_reference
 from .upsample_mlp import upsample_mlp, upsample_mlp_reference
 
@@ -31,6 +33,8 @@ __all__ = [
     "bev_pool_v2",
     "bev_pool_v2_reference",
     "bev_pool_v2_stacked",
+    "class_guidance",
+    "class_guidance_reference",
     "depth_consistency",
     "depth_consistency_reference",
     "history_warp",
@@ -49,6 +53,8 @@ __all__ = [
     "ray_counts_reference",
     "resize_crop",
     "resize_crop_reference",
+    "row_argmax",
+    "row_argmax_reference",
     "sort_by_cell",
     "upsample_add",
     "upsample_add_reference",

@@ -23,7 +23,7 @@ from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
 from mmdet3d.models.view_transforms.forward_projection import FrameFeatures, KeyFeatures
 from mmdet3d.models.view_transforms.geometry import LiftGeometry
-from mmdet3d.ops import upsample_add
+from mmdet3d.ops import row_argmax, upsample_add
 from mmdet3d.registry import DETECTORS, ConfigError, build
 from mmdet3d.structures import FrameCache, TemporalMemory
 from mmdet3d.utils.beside import Beside
@@ -371,12 +371,12 @@ class STCOcc(BaseDetector):
     def outputs(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
         """Classes and flow of :meth:`predict_tensors` for a prediction."""
         # The class of the greatest logit, which is that of the greatest probability.
-        semantics = prediction.semantic_logits.argmax(-1)
+        semantics = row_argmax(prediction.semantic_logits)
         if prediction.flow is None:
             flow = torch.zeros((*semantics.shape, 2), dtype=torch.float16, device=semantics.device)
         else:
             flow = (prediction.flow * self.flow_head.foreground(semantics)[..., None]).half()
-        return semantics.to(torch.uint8), flow
+        return semantics, flow
 
     def results(self, prediction: Prediction, img_metas: Sequence[Mapping]) -> dict[str, Any]:
         """The result dict of :meth:`predict` for a prediction."""

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from mmdet3d.models.backbones.resnet3d import BasicBlock3D
 from mmdet3d.models.heads.occupancy_head import voxel_rows
 from mmdet3d.models.heads.seeded_noise import gumbel_noise
-from mmdet3d.ops import upsample_mlp
+from mmdet3d.ops import class_guidance, upsample_mlp
+from mmdet3d.ops.class_guidance import kernel_serves
 from mmdet3d.registry import HEADS
-from mmdet3d.utils.precision import Softplus
+from mmdet3d.utils.precision import Softplus, full_precision, working_dtype
 
 
 @HEADS.register_module()
@@ -60,11 +61,14 @@ class OccFlowHead(BaseModule):
             noise_seeds: [B] int32 on the same device: seeds of the noise in evaluation, see
                 :mod:`mmdet3d.models.heads.seeded_noise`. Default, and in training: torch's generator.
         """
-        classes = self._class_guidance(semantic_logits, noise_seeds)
-        if classes.requires_grad:
-            guidance = checkpoint(self._guidance, classes, use_reentrant=False, preserve_rng_state=False)
+        if self._fused(semantic_logits):
+            guidance = self._fused_guidance(semantic_logits, noise_seeds)
         else:
-            guidance = self._guidance(classes)
+            classes = self._class_guidance(semantic_logits, noise_seeds)
+            if classes.requires_grad:
+                guidance = checkpoint(self._guidance, classes, use_reentrant=False, preserve_rng_state=False)
+            else:
+                guidance = self._guidance(classes)
         first, _, second = self.predicter
         rows = voxel_rows(self.voxel_conv(volume))
         hidden = F.linear(rows, first.weight[:, :rows.shape[-1]], first.bias)
@@ -76,6 +80,27 @@ class OccFlowHead(BaseModule):
         # Two linear layers in a row, the second of the guidance and the predictor's columns for it, are one.
         weight = self.predicter[0].weight[:, -second.out_features:]
         return F.linear(softplus(first(classes)), weight @ second.weight, weight @ second.bias)
+
+    def _fused(self, logits: Tensor) -> bool:
+        """Whether one kernel makes the guidance: in evaluation in half precision on a GPU."""
+        first, _, second = self.semantic_guidance
+        return (not self.training and not torch.is_grad_enabled() and logits.dtype == torch.float32
+                and kernel_serves(logits, first.weight, second.weight, working_dtype(logits)))
+
+    def _fused_guidance(self, logits: Tensor, noise_seeds: Tensor | None) -> Tensor:
+        """:meth:`_guidance` of :meth:`_class_guidance`, in the dtype of autocast."""
+        first = self.semantic_guidance[0]
+        drawn = self.gumbel_in_eval and noise_seeds is None
+        return class_guidance(
+            self._class_guidance(logits, None) if drawn else logits, first.weight, first.bias, *self._merged_layers(),
+            noise_seeds=noise_seeds if self.gumbel_in_eval else None, softmax=not drawn, dtype=working_dtype(logits))
+
+    @full_precision
+    def _merged_layers(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the guidance's second layer and the predictor's columns for it, in float32."""
+        second = self.semantic_guidance[2]
+        weight = self.predicter[0].weight[:, -second.out_features:].float()
+        return weight @ second.weight.float(), weight @ second.bias.float()
 
     def _class_guidance(self, logits: Tensor, noise_seeds: Tensor | None) -> Tensor:
         """[B, 2 X, 2 Y, 2 Z, K] class probabilities, with noise where it is wanted."""
