@@ -66,12 +66,10 @@ def plane_sweep(
     not 0, whether ``invalid_channel`` calls the position invalid, which costs ``invalid_penalty``. Released
     weights were trained with these roundings; see ``docs/parity.md``.
 
-    What follows the positions is in float32, or float64 for float64 features, but for float16 features on a GPU of
-    compute capability 7.5 or more. There the weights of the bilinear reading are rounded to float16, and ``warped``
-    and the differences are worked out in it: six roundings, each of at most 2^-11 of ``|current|`` plus the weighted
-    mean of ``|reference|``, which partly cancel in the sum, taken in float32 (of pairs of channels; a pair's is
-    rounded to float16 too). Features must then be finite and below 16000 in magnitude, or depths next to each other
-    may all cost inf or NaN. Positions and ``invalid_channel`` are judged as for float32 features.
+    What follows the positions is in float32 (float64 for float64 features); for float16 features on a GPU of compute
+    capability 7.5 or more, interpolation and differences are in float16: six roundings of a channel, each of at most
+    2^-11 of ``|current|`` plus the weighted mean of ``|reference|``, which partly cancel in the sum over channels, taken
+    in float32. Such features must be finite and below 16000, or depths next to each other may all cost inf or NaN.
 
     The operator has no gradient; a softmax over the negative cost is left to the caller. It is the cost volume
     of BEVDet-4D-Stereo and BEVStereo (Li et al., "BEVStereo: Enhancing Depth Estimation in Multi-view 3D Object
