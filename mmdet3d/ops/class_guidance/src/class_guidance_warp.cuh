@@ -36,14 +36,17 @@ struct Lane {
   __device__ int index() const { return 4 * row + pair; }
 };
 
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
 // A weight or a bias as the caller stores it.
 enum class Kind : int { kFloat, kHalf, kBFloat16 };
 struct Numbers {
   const void* data;
   Kind kind;
   __device__ float at(int i) const {
-    if (kind == Kind::kHalf) return __half2float(static_cast<const __half*>(data)[i]);
-    if (kind == Kind::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    if (kind == Kind::kHalf) return widen(static_cast<const __half*>(data)[i]);
+    if (kind == Kind::kBFloat16) return widen(static_cast<const __nv_bfloat16*>(data)[i]);
     return static_cast<const float*>(data)[i];
   }
 };
@@ -79,7 +82,7 @@ __device__ __forceinline__ float unpack(uint32_t word, int which) {
   const uint16_t bits = static_cast<uint16_t>(which ? word >> 16 : word);
   T value;
   memcpy(&value, &bits, sizeof(bits));
-  return static_cast<float>(value);
+  return widen(value);
 }
 #endif
 
