@@ -68,8 +68,8 @@ def plane_sweep(
 
     What follows the positions is in float32 (float64 for float64 features); for float16 features on a GPU of compute
     capability 7.5 or more, interpolation and differences are in float16: six roundings of a channel, each of at most
-    2^-11 of ``|current|`` plus the weighted mean of ``|reference|``, which partly cancel in the sum over channels, taken
-    in float32. Such features must be finite and below 16000, or depths next to each other may all cost inf or NaN.
+    2^-11 of ``|current|`` plus the weighted mean of ``|reference|``, which partly cancel in the sum over channels,
+    taken in float32. Such features must be finite and below 16000, or depths next to each other may cost inf or NaN.
 
     The operator has no gradient; a softmax over the negative cost is left to the caller. It is the cost volume
     of BEVDet-4D-Stereo and BEVStereo (Li et al., "BEVStereo: Enhancing Depth Estimation in Multi-view 3D Object

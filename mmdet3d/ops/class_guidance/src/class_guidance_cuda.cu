@@ -126,12 +126,12 @@ void launch_sized(const Arguments& args, int64_t samples) {
 
 Numbers numbers(const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& scores) {
   TORCH_CHECK(tensor.sizes() == shape && tensor.is_contiguous() && tensor.device() == scores.device(),
-              "class_guidance: expected contiguous parameters of shape ", shape, " on the device of scores");
+              "class_guidance: expected contiguous parameters of fitting shapes on the device of scores");
   switch (tensor.scalar_type()) {
     case at::kFloat: return {tensor.const_data_ptr(), Kind::kFloat};
     case at::kHalf: return {tensor.const_data_ptr(), Kind::kHalf};
     case at::kBFloat16: return {tensor.const_data_ptr(), Kind::kBFloat16};
-    default: TORCH_CHECK(false, "class_guidance: parameters of dtype ", tensor.scalar_type());
+    default: TORCH_CHECK(false, "class_guidance: parameters must be float32, float16 or bfloat16");
   }
 }
 
@@ -144,8 +144,7 @@ at::Tensor class_guidance(const at::Tensor& scores, const at::Tensor& first_weig
   const int64_t samples = scores.size(0), classes = scores.size(-1);
   const int64_t hidden = first_weight.size(0), outputs = second_weight.size(0);
   TORCH_CHECK(kLargest.holds(classes, hidden, outputs) && classes >= 1 && outputs % 4 == 0 && samples <= 65535,
-              "class_guidance: ", samples, " samples, ", classes, " classes, ", hidden, " hidden values and ", outputs,
-              " outputs are not served");
+              "class_guidance: no kernel serves these numbers of samples, classes, hidden values and outputs");
   Arguments args{scores.const_data_ptr<float>(), nullptr, nullptr,
                  {numbers(first_weight, {hidden, classes}, scores), numbers(first_bias, {hidden}, scores),
                   numbers(second_weight, {outputs, hidden}, scores), numbers(second_bias, {outputs}, scores),
@@ -165,7 +164,7 @@ at::Tensor class_guidance(const at::Tensor& scores, const at::Tensor& first_weig
   at::Tensor out = at::empty(shape, scores.options().dtype(dtype));
   if (out.numel() == 0) return out;
   args.out = out.mutable_data_ptr();
-  TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "class_guidance: dtype ", dtype, " has no CUDA kernel");
+  TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "class_guidance: dtype must be float16 or bfloat16");
   if (dtype == at::kHalf) {
     launch_sized<__half>(args, samples);
   } else {
