@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name):
             logger.info("--%s has no effect here", name.replace("_", "-"))
     set_random_seed(args.seed, args.deterministic)
+    torch.backends.cudnn.benchmark = bool(cfg.get("cudnn_benchmark")) and not args.deterministic
     options = _options(args, cfg)
     model = load_test_model(cfg, args.checkpoint, device, fuse_conv_bn=args.fuse_conv_bn, fast=args.mode == "fast",
                             allow_unsafe=args.allow_unsafe_checkpoint)

@@ -176,7 +176,7 @@ def stage_geometry(meta: FrameMeta, bda: Tensor, memory: TemporalMemory | None,
         bda: [B, 4, 4] BEV augmentation on the CPU.
         memory: What the previous frame returned, or None.
         projection: Any stage's backward projection, because their options are the same.
-        fusions: Temporal fusions, finest stage first; none for a model without memory.
+        fusions: Temporal fusions, whose options are the same; none for a model without memory.
         grids: Voxel grid of each stage.
     """
     earlier_bda = None if memory is None else memory.bda
@@ -185,9 +185,8 @@ def stage_geometry(meta: FrameMeta, bda: Tensor, memory: TemporalMemory | None,
         bda=bda, image_from_augmented=projection.image_from_augmented(meta.image_from_ego, bda),
         shift=projection.displacement(ego_displacement(memory, meta), meta.yaw, bda),
         previous_flips=flips[:, [0, 1], [0, 1]] < 0, start_mask=torch.tensor(meta.starts),
-        index_matrices=tuple(
-            fusion.index_matrix(grid, meta.starts, bda, earlier_bda, meta.previous_ego_from_ego)
-            for fusion, grid in zip(fusions, grids, strict=False)),
+        index_matrices=tuple(fusions[0].index_matrices(
+            grids, meta.starts, bda, earlier_bda, meta.previous_ego_from_ego)) if fusions else (),
         noise_seeds=meta.noise_seeds)
 
 

@@ -11,7 +11,8 @@ rest, which needs the geometry of the frame. The first part runs while the host 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,14 +135,23 @@ class FrameRunner:
     def _eager(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None):
         return self._compute(images, plan.to(self.device), memory)
 
-    def _autocast(self) -> torch.autocast:
-        # Without its cache autocast converts what is left to convert again in each frame, as a graph must.
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """That of the mode. In the fast one cuDNN searches the fastest algorithm of a convolution at its first use."""
+        benchmark = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = benchmark or (
+            self.dtype is not None and not torch.are_deterministic_algorithms_enabled())
+        try:
+            # Without its cache autocast converts what is left to convert again in each frame, as a graph must.
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+                yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
 
     def _compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None, newest: Any = None,
                  **buffers: Sequence[Tensor]) -> tuple[Tensor, Tensor, TemporalMemory | None]:
         """With the features of the ``newest`` pictures the images are not read."""
-        with self._autocast():
+        with self._arithmetic():
             prediction, _ = self.model.compute(self.prepare(images) if newest is None else images, plan, memory,
                                                newest=newest, **buffers)
         return *self.model.outputs(prediction), prediction.memory
@@ -203,7 +213,7 @@ class FrameRunner:
         network = getattr(self.model, "forward_projection", None)
         if network is not None and network.newest_alone(plan.reuse):
             first = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(first, pool=self._pool, capture_error_mode="thread_local"), self._autocast():
+            with torch.cuda.graph(first, pool=self._pool, capture_error_mode="thread_local"), self._arithmetic():
                 newest = network.frame_features(self.prepare(network.newest_pictures(images).flatten(0, 1)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -8,7 +8,7 @@ import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from mmdet3d.models.temporal.volume_warp import gather_rows, previous_index_from_index
+from mmdet3d.models.temporal.volume_warp import gather_rows, previous_indices_from_index
 from mmdet3d.ops.history_warp import history_warp, trilinear_taps
 from mmdet3d.registry import HEADS
 from mmdet3d.structures import VoxelGrid
@@ -99,7 +99,7 @@ class SparseFusion(BaseModule):
             grid: Voxel grid of the stage.
             starts: Whether a sequence starts, for each of the B slots.
             index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume, see
-                :func:`previous_index_from_index` and :meth:`index_matrix`.
+                :func:`~mmdet3d.models.temporal.volume_warp.previous_index_from_index` and :meth:`index_matrices`.
             top_k: Number of foreground voxels, instead of the constructor's.
             history_out: Contiguous [B, V, T * C] to write the new history to, in memory of its own, without gradient.
                 The backward pass reads it, so it may be written again only after that. None for a new tensor.
@@ -145,12 +145,12 @@ class SparseFusion(BaseModule):
         return history_warp(history.unflatten(2, slots), index_matrix, grid.size_zyx,
                             out=None if out is None else out.unflatten(2, slots))[0]
 
-    def index_matrix(self, grid: VoxelGrid, starts: Sequence[bool], bda: Tensor, previous_bda: Tensor | None,
-                     previous_ego_from_ego: Tensor) -> Tensor:
-        """[B, 4, 4] ``index_matrix`` of :meth:`forward`, on the device of the matrices (best the CPU).
+    def index_matrices(self, grids: Sequence[VoxelGrid], starts: Sequence[bool], bda: Tensor,
+                       previous_bda: Tensor | None, previous_ego_from_ego: Tensor) -> Tensor:
+        """[G, B, 4, 4] ``index_matrix`` of :meth:`forward` for each grid, on the device of the matrices (best the CPU).
 
         Args:
-            grid: Voxel grid of the stage.
+            grids: Voxel grids of stages whose temporal fusion has the options of this one.
             starts: Whether a sequence starts, for each of the B slots.
             bda: [B, 4, 4] BEV augmentation.
             previous_bda: [B, 4, 4] that of the previous frame; None before the first frame.
@@ -161,7 +161,7 @@ class SparseFusion(BaseModule):
         elif any(starts):  # a volume that starts a sequence is its own past
             restart = torch.tensor(starts, device=bda.device)[:, None, None]
             previous_bda = torch.where(restart, bda, previous_bda)
-        return previous_index_from_index(grid, previous_bda, previous_ego_from_ego, bda, self.corner_origin)
+        return previous_indices_from_index(grids, previous_bda, previous_ego_from_ego, bda, self.corner_origin)
 
     @staticmethod
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,21 +38,28 @@ def previous_index_from_index(grid: VoxelGrid, previous_bda: Tensor, previous_eg
         bda: [B, 4, 4] BEV augmentation of the current frame.
         corner_origin: See :func:`metric_from_index`.
     """
-    metric, index = _grid_frames(grid, corner_origin, bda)
-    return (index @ _augmented_motion(previous_bda, previous_ego_from_ego, bda) @ metric).float()
+    return previous_indices_from_index((grid,), previous_bda, previous_ego_from_ego, bda, corner_origin)[0]
+
+
+def previous_indices_from_index(grids: Sequence[VoxelGrid], previous_bda: Tensor, previous_ego_from_ego: Tensor,
+                                bda: Tensor, corner_origin: bool = True) -> Tensor:
+    """[G, B, 4, 4] :func:`previous_index_from_index` of several grids."""
+    metric, index = _grid_frames(tuple(grids), corner_origin, bda)
+    ego_from_ego = previous_bda.double() @ previous_ego_from_ego.double() @ _inverse(bda)
+    return (index @ ego_from_ego @ metric).float()
 
 
 @remembered
-def _grid_frames(grid: VoxelGrid, corner_origin: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`metric_from_index` on the device of ``like``, and its inverse."""
-    metric = metric_from_index(grid, like.device, corner_origin)
-    return metric, torch.linalg.inv(metric)
+def _grid_frames(grids: tuple[VoxelGrid, ...], corner_origin: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+    """[G, B, 4, 4] :func:`metric_from_index` of the grids, for the B entries of ``like``, and its inverse."""
+    metric = torch.stack([metric_from_index(grid, like.device, corner_origin) for grid in grids])
+    return tuple(matrix[:, None].expand(-1, len(like), -1, -1) for matrix in (metric, torch.linalg.inv(metric)))
 
 
-@remembered  # by all stages of a frame
-def _augmented_motion(previous_bda: Tensor, previous_ego_from_ego: Tensor, bda: Tensor) -> Tensor:
-    """[B, 4, 4] float64 current to previous ego, each with its BEV augmentation."""
-    return previous_bda.double() @ previous_ego_from_ego.double() @ torch.linalg.inv(bda.double())
+@remembered
+def _inverse(matrices: Tensor) -> Tensor:
+    """Inverse of [B, 4, 4] in float64."""
+    return torch.linalg.inv(matrices.double())
 
 
 @full_precision

@@ -130,14 +130,19 @@ def camera_vector(camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor)
     Intrinsics (fx, fy, cx, cy), image augmentation (two rows of linear part and translation), BEV augmentation
     (its 2x2 part and the z scale), and the first three rows of ``key_ego_from_camera``.
     """
-    k, post = camera.intrinsics, camera.post_aug
+    numbers = _calibration_numbers(camera.intrinsics, camera.post_aug, bda)
+    return torch.cat([numbers, key_ego_from_camera[..., :3, :].flatten(-2)], -1)
+
+
+@remembered
+def _calibration_numbers(k: Tensor, post: Tensor, bda: Tensor) -> Tensor:
+    """[B, N, 15] all of :func:`camera_vector` but the pose."""
     bda = bda[:, None].expand(-1, k.shape[1], -1, -1)
     entries = [k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2],
                post[..., 0, 0], post[..., 0, 1], post[..., 0, 2],
                post[..., 1, 0], post[..., 1, 1], post[..., 1, 2],
                bda[..., 0, 0], bda[..., 0, 1], bda[..., 1, 0], bda[..., 1, 1], bda[..., 2, 2]]
-    pose = key_ego_from_camera[..., :3, :].flatten(-2)
-    return torch.cat([torch.stack(entries, -1), pose], -1)
+    return torch.stack(entries, -1)
 
 
 def pixel_homography(post_aug: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def step_inputs(step):
 
 def fuse(module, volume, logits, occupied, bda, previous_ego_from_ego, history, starts, previous_bda, **options):
     """The module on the index matrix of the poses."""
-    matrix = module.index_matrix(GRID, starts, bda, previous_bda, previous_ego_from_ego)
+    matrix, = module.index_matrices([GRID], starts, bda, previous_bda, previous_ego_from_ego)
     return module(volume, logits, occupied, history, GRID, starts, matrix, **options)
 
 
@@ -260,7 +260,8 @@ def test_the_caller_can_bring_the_memory_of_the_new_history(device):
 def test_the_history_can_be_warped_before():
     module, inputs = make(), step_inputs(1)
     history = torch.randn(BATCH, VOXELS, SLOTS * CHANNELS)
-    matrix = module.index_matrix(GRID, (False, False), inputs.pop("bda"), None, inputs.pop("previous_ego_from_ego"))
+    matrix, = module.index_matrices(
+        [GRID], (False, False), inputs.pop("bda"), None, inputs.pop("previous_ego_from_ego"))
     expected = module(**inputs, history=history, grid=GRID, starts=(False, False), index_matrix=matrix)
     out = torch.empty_like(history)
     warped = module.warp_history(history, GRID, matrix, out)
