@@ -4,8 +4,13 @@
     python tools/bench_ops.py --op ms_deform_attn --device cpu --threads 2 --json ops.json
 
 Each ``tests/ops/test_<op>.py`` says what is timed, through ``bench_cases(device, dtype)``, which returns a list of
-(name, compiled callable, reference callable). Times are medians after warm-up; a CUDA time spans the work on the GPU
-and, for work shorter than its launches, those.
+(name, compiled callable, reference callable) and, where that means something, the least work: {"bytes": what has to be
+read and written once, "flops": floating-point operations}. Times are medians after warm-up; a CUDA time spans the work
+on the GPU and, for work shorter than its launches, those.
+
+The share of the ceiling is the time that this work would take at the rates measured first, of copying a large tensor
+and of a float32 matrix product, as a part of the time that was taken. It is 100 % for a copy, and less for what reads
+again what its caches could not hold.
 """
 
 import argparse
@@ -26,7 +31,7 @@ OPS = ("bev_pool_v2", "class_guidance", "history_warp", "ms_deform_attn", "oa_cr
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def load_cases(op: str, device: str, dtype: torch.dtype) -> list[tuple[str, Callable, Callable]]:
+def load_cases(op: str, device: str, dtype: torch.dtype) -> list[tuple]:
     """Cases of one operator, from its test module."""
     path = ROOT / "tests" / "ops" / f"test_{op}.py"
     if not path.is_file():
@@ -64,6 +69,22 @@ def _cuda_ms(function: Callable) -> float:
     return start.elapsed_time(end)
 
 
+def measure_ceilings(device: str, seconds: float) -> dict[str, float]:
+    """Bytes a second that a copy reads and writes, and operations a second of a float32 matrix product without TF32."""
+    numbers, side = (2**28, 8192) if device == "cuda" else (2**24, 1024)
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    copy_ms, _ = median_ms(lambda: target.copy_(source), device, seconds)
+    matrix = torch.ones(side, side, device=device)
+    product_ms, _ = median_ms(lambda: matrix @ matrix, device, seconds)
+    return {"bytes": 2 * source.nbytes / copy_ms * 1e3, "flops": 2 * side**3 / product_ms * 1e3}
+
+
+def share_of_ceiling(work: dict[str, float], ceilings: dict[str, float], ms: float) -> float:
+    """What the slower of the two kinds of work would take at its ceiling, as a part of the time taken."""
+    return max(amount / ceilings[kind] for kind, amount in work.items()) / ms * 1e3
+
+
 def machine(device: str) -> dict:
     """What the numbers were measured on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
@@ -73,19 +94,23 @@ def machine(device: str) -> dict:
     return facts | {"threads": torch.get_num_threads(), "cpus": os.cpu_count()}
 
 
-def run(ops: list[str], device: str, dtype: str, seconds: float) -> list[dict]:
+def run(ops: list[str], device: str, dtype: str, seconds: float, ceilings: dict[str, float]) -> list[dict]:
     """Times every case of ``ops`` and prints a row for each."""
     rows = []
-    print(f"{'case':<44}{'compiled ms':>13}{'reference ms':>14}{'ratio':>8}")
+    print(f"{'case':<44}{'compiled ms':>13}{'reference ms':>14}{'ratio':>8}{'GB/s':>8}{'of ceiling':>12}")
     for op in ops:
-        for name, compiled, reference in load_cases(op, device, DTYPES[dtype]):
+        for name, compiled, reference, *work in load_cases(op, device, DTYPES[dtype]):
             fast, repeats = median_ms(compiled, device, seconds)
             slow, _ = median_ms(reference, device, seconds)
-            print(f"{name:<44}{fast:>13.3f}{slow:>14.3f}{slow / fast:>7.1f}x", flush=True)
-            rows.append(
-                {"op": op, "case": name, "compiled_ms": fast, "reference_ms": slow, "ratio": slow / fast,
-                 "repeats": repeats}
-            )
+            row = {"op": op, "case": name, "compiled_ms": fast, "reference_ms": slow, "ratio": slow / fast,
+                   "repeats": repeats}
+            rate = ""
+            if work:
+                share = share_of_ceiling(work[0], ceilings, fast)
+                row |= {"work": work[0], "share_of_ceiling": share}
+                rate = f"{work[0]['bytes'] / fast / 1e6:>8.0f}{100 * share:>11.1f}%"
+            print(f"{name:<44}{fast:>13.3f}{slow:>14.3f}{slow / fast:>7.1f}x{rate}", flush=True)
+            rows.append(row)
     return rows
 
 
@@ -110,11 +135,14 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     facts = machine(args.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), f"dtype {args.dtype}", sep=", ")
-    rows = run(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds)
+    ceilings = measure_ceilings(args.device, args.seconds)
+    print(f"a copy reads and writes {ceilings['bytes'] / 1e9:.0f} GB/s, float32 matrix products do "
+          f"{ceilings['flops'] / 1e12:.2f} TFLOP/s")
+    rows = run(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds, ceilings)
     if args.json:
         from mmdet3d.utils.files import write_json
 
-        write_json(args.json, {"machine": facts, "dtype": args.dtype, "cases": rows})
+        write_json(args.json, {"machine": facts, "dtype": args.dtype, "ceilings": ceilings, "cases": rows})
 
 
 if __name__ == "__main__":

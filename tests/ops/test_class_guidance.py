@@ -274,8 +274,10 @@ def bench_cases(device, dtype):
     scores, parameters, seeds = make_case(device, **REAL)
     options = {"dtype": dtype if dtype in HALF else torch.float16}
     shape = scores.shape[1:]
-    cases = [("gumbel_noise", lambda: gumbel_noise(seeds, shape), lambda: gumbel_noise_reference(seeds, shape))]
+    work = {"bytes": scores.nbytes + class_guidance(scores, *parameters, **options).nbytes}
+    cases = [("gumbel_noise", lambda: gumbel_noise(seeds, shape), lambda: gumbel_noise_reference(seeds, shape),
+              {"bytes": scores.nbytes})]
     for name, more in (("class_guidance", {}), ("class_guidance, seeded noise", {"noise_seeds": seeds})):
         cases.append((name, lambda o=options | more: class_guidance(scores, *parameters, **o),
-                      lambda o=options | more: class_guidance_reference(scores, *parameters, **o)))
+                      lambda o=options | more: class_guidance_reference(scores, *parameters, **o), work))
     return cases

@@ -291,4 +291,6 @@ def bench_cases(device, dtype):
         out[0, :, 1:] = warped[:, : -REAL["channels"]].unflatten(1, (-1, REAL["channels"]))
         return warped[voxels[0], -REAL["channels"] :]
 
-    return [("history_warp", lambda: history_warp(history, matrix, size, oldest_at=voxels, out=out), bag)]
+    slots, row = history.shape[2], history.shape[3] * history.element_size()
+    work = {"bytes": 2 * (history.nbytes * (slots - 1) // slots + voxels.shape[1] * row)}
+    return [("history_warp", lambda: history_warp(history, matrix, size, oldest_at=voxels, out=out), bag, work)]

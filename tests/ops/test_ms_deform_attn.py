@@ -46,8 +46,11 @@ def bench_cases(device, dtype):
         leaves = [t.clone().requires_grad_() for t in (value, *rest)]
         grad = torch.randn(value.shape[0], rest[0].shape[1], 96, device=device, dtype=dtype)
         pair = [ms_deform_attn, ms_deform_attn_reference]
-        cases.append((f"ms_deform_attn {name} forward", *(_forward(f, value, levels, rest) for f in pair)))
-        cases.append((f"ms_deform_attn {name} backward", *(_backward(f, leaves, levels, grad) for f in pair)))
+        inputs = sum(t.nbytes for t in leaves)
+        cases.append((f"ms_deform_attn {name} forward", *(_forward(f, value, levels, rest) for f in pair),
+                      {"bytes": inputs + grad.nbytes}))
+        cases.append((f"ms_deform_attn {name} backward", *(_backward(f, leaves, levels, grad) for f in pair),
+                      {"bytes": 2 * inputs + grad.nbytes}))
     return cases
 
 

@@ -81,6 +81,8 @@ def bench_cases(device, dtype):
     def pair(make):
         return [make(attend) for attend in (oa_cross_attention, oa_cross_attention_reference)]
 
+    inputs = sum(attention[i].nbytes for i in (0, 2, 3, 4))
+
     def backward(attend):
         leaves = [t.clone().requires_grad_() for t in (attention[0], *attention[2:5])]
         out = attend(leaves[0], attention[1], *leaves[1:], *attention[5:])
@@ -91,8 +93,9 @@ def bench_cases(device, dtype):
         ("assign_queries", lambda: assign_queries(seen), lambda: assign_queries_reference(seen)),
         ("depth_consistency", lambda: depth_consistency(*geometry, rule),
          lambda: depth_consistency_reference(*geometry, rule)),
-        ("oa_cross_attention forward", *pair(lambda attend: lambda: attend(*attention))),
-        ("oa_cross_attention backward", *pair(backward)),
+        ("oa_cross_attention forward", *pair(lambda attend: lambda: attend(*attention)),
+         {"bytes": inputs + grad.nbytes}),
+        ("oa_cross_attention backward", *pair(backward), {"bytes": 2 * inputs + grad.nbytes}),
     ]
 
 

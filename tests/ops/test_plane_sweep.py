@@ -492,8 +492,12 @@ def bench_cases(device, dtype):
     """(name, fast, reference) at the size of the model: six cameras, stride 4, 88 depths."""
     case = make_case(device, dtype, REAL_SIZE)
     options = {"invalid_channel": REAL_SIZE[1] - 4}
+    cameras, channels, depths, height, width = REAL_SIZE
+    points = cameras * depths * height * width
+    # For each channel of a point, four products are added and a magnitude.
+    work = {"bytes": case[0].nbytes + case[1].nbytes + 4 * points, "flops": 9 * channels * points}
     return [
-        ("plane_sweep", lambda: plane_sweep(*case, **options), lambda: plane_sweep_reference(*case, **options)),
+        ("plane_sweep", lambda: plane_sweep(*case, **options), lambda: plane_sweep_reference(*case, **options), work),
         ("plane_sweep_probability", lambda: plane_sweep_probability(*case, **options),
-         lambda: plane_sweep_reference(*case, **options).neg_().softmax(1)),
+         lambda: plane_sweep_reference(*case, **options).neg_().softmax(1), work),
     ]

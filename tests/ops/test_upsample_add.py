@@ -20,8 +20,9 @@ def make_case(device="cpu", dtype=torch.float32, sizes=SIZES, channels_last=True
 def bench_cases(device, dtype):
     """(name, compiled, reference) callables between the two finest stages of the released model."""
     fine, coarse = make_case(device, dtype, (1, 96, 4, 50, 50))
+    work = {"bytes": 2 * fine.nbytes + coarse.nbytes + upsample_add(fine, coarse)[1].nbytes}
     return [("upsample_add, finest stage", lambda: upsample_add(fine, coarse),
-             lambda: upsample_add_reference(fine, coarse))]
+             lambda: upsample_add_reference(fine, coarse), work)]
 
 
 def test_a_ramp_stays_a_ramp():
@@ -69,6 +70,13 @@ def test_fused_equals_reference(sizes, dtype, channels_last):
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(total.double(), expected, rtol=0, atol=2 * unit + 2e-6)
     torch.testing.assert_close(mean.double(), expected_mean, rtol=0, atol=2e-6)
+
+
+def test_torch_compile_traces_through(device):
+    inputs = make_case(device)
+    traced = torch.compile(lambda *volumes: [2 * t for t in upsample_add(*volumes)], backend="aot_eager", fullgraph=True)
+    for found, plain in zip(traced(*inputs), upsample_add(*inputs), strict=True):
+        assert torch.equal(found, 2 * plain)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [

@@ -32,9 +32,13 @@ def bench_cases(device, dtype):
                                 ("flow head", (1, 8, 100, 100, 48, 2), True)):
         hidden, weight, bias, fine, residual = make_case(device, dtype, sizes=sizes)
         extra = {"fine": fine} if guided else {"residual": residual, "residual_weight": 0.5}
+        B, Z, Y, X, H, K = sizes
+        voxels = 8 * B * Z * Y * X
+        inputs = hidden.nbytes + (fine if guided else residual).nbytes
         cases.append((f"upsample_mlp forward, {name}",
                       lambda h=hidden, w=weight, b=bias, e=extra: upsample_mlp(h, w, b, **e),
-                      lambda h=hidden, w=weight, b=bias, e=extra: upsample_mlp_reference(h, w, b, **e)))
+                      lambda h=hidden, w=weight, b=bias, e=extra: upsample_mlp_reference(h, w, b, **e),
+                      {"bytes": inputs + 4 * K * voxels, "flops": 2 * H * K * voxels}))
         leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
         grad = torch.randn_like(upsample_mlp(hidden, weight, bias, **extra))
         out = [function(*leaves, **extra) for function in (upsample_mlp, upsample_mlp_reference)]

@@ -1,0 +1,24 @@
+"""bench_ops.py: its rows, and the share of the ceiling."""
+
+import json
+
+from loading import load_tool
+
+bench_ops = load_tool("bench_ops")
+
+
+def test_the_share_of_the_ceiling_is_that_of_the_slower_kind_of_work():
+    ceilings = {"bytes": 2e9, "flops": 1e12}
+    assert bench_ops.share_of_ceiling({"bytes": 1e6}, ceilings, 1.0) == 0.5
+    assert bench_ops.share_of_ceiling({"bytes": 1e6, "flops": 8e8}, ceilings, 1.0) == 0.8
+    assert bench_ops.share_of_ceiling({"bytes": 1e6, "flops": 1e6}, ceilings, 2.0) == 0.25
+
+
+def test_rows_are_printed_and_written(tmp_path, capsys):
+    bench_ops.main(["--op", "upsample_add", "--device", "cpu", "--seconds", "0.001",
+                    "--json", str(tmp_path / "ops.json")])
+    record = json.loads((tmp_path / "ops.json").read_text())
+    (row,) = record["cases"]
+    share = bench_ops.share_of_ceiling(row["work"], record["ceilings"], row["compiled_ms"])
+    assert row["share_of_ceiling"] == share and 0 < share < 1.5
+    assert f"{100 * share:.1f}%" in capsys.readouterr().out
