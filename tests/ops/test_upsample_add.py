@@ -74,7 +74,7 @@ def test_fused_equals_reference(sizes, dtype, channels_last):
 
 def test_torch_compile_traces_through(device):
     inputs = make_case(device)
-    traced = torch.compile(lambda *volumes: [2 * t for t in upsample_add(*volumes)], backend="aot_eager", fullgraph=True)
+    traced = torch.compile(lambda *case: [2 * t for t in upsample_add(*case)], backend="aot_eager", fullgraph=True)
     for found, plain in zip(traced(*inputs), upsample_add(*inputs), strict=True):
         assert torch.equal(found, 2 * plain)
 
