@@ -24,4 +24,10 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   return result;
 }
 
+// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), with absolute errors of some 1e-7. Of what is not a number, fmaxf would make
+// one: the sum keeps it.
+__device__ __forceinline__ float fast_softplus(float x) {
+  return fmaxf(x, 0.f) + kLn2 * fast_log2(1.f + fast_exp2(-kLog2E * fabsf(x)));
+}
+
 }  // namespace mmdet3d

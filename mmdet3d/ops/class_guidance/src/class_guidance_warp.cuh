@@ -15,6 +15,7 @@
 
 #include "fast_math.cuh"
 #include "seeded_noise.cuh"
+#include "tensor_cores.cuh"
 
 namespace mmdet3d::class_guidance {
 
@@ -56,25 +57,6 @@ struct Parameters {
   int classes, hidden, outputs;
 };
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  uint32_t word;
-  memcpy(&word, &both, sizeof(word));
-  return word;
-}
-
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  uint32_t word;
-  memcpy(&word, &both, sizeof(word));
-  return word;
-}
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
 // Half number `which` of a packed word.
 template <typename T>
@@ -90,17 +72,7 @@ __device__ __forceinline__ float unpack(uint32_t word, int which) {
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint2 b, Lane lane) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-  }
+  mmdet3d::multiply_add<T>(sum, a, b.x, b.y);
 #else
   // Older GPUs lack the instruction: the same layout, term by term.
   for (int k = 0; k < kStep; ++k) {
@@ -199,12 +171,6 @@ __device__ __forceinline__ void softmax(Values<kGroups>& value, uint32_t seed, c
   }
 }
 
-// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), with absolute errors of some 1e-7. Of what is not a number, fmaxf would make
-// one: the sum keeps it.
-__device__ __forceinline__ float softplus(float x) {
-  return fmaxf(x, 0.f) + kLn2 * fast_log2(1.f + fast_exp2(-kLog2E * fabsf(x)));
-}
-
 // Both layers: store(column, row, words) gets four neighbouring outputs, for row 0 (g) or 1 (g + 8).
 template <typename T, int kTiles, int kGroups, typename Store>
 __device__ __forceinline__ void apply_layers(const Layers<kTiles>& layers, const Values<kGroups>& value, Lane lane,
@@ -222,8 +188,8 @@ __device__ __forceinline__ void apply_layers(const Layers<kTiles>& layers, const
     for (int step = 0; step < kClassSteps; ++step) {
       multiply_add<T>(sum, probability[step], layers.first[step][tile][lane.index()], lane);
     }
-    hidden[tile / 2][2 * (tile % 2)] = pack<T>(softplus(sum[0]), softplus(sum[1]));
-    hidden[tile / 2][2 * (tile % 2) + 1] = pack<T>(softplus(sum[2]), softplus(sum[3]));
+    hidden[tile / 2][2 * (tile % 2)] = pack<T>(fast_softplus(sum[0]), fast_softplus(sum[1]));
+    hidden[tile / 2][2 * (tile % 2) + 1] = pack<T>(fast_softplus(sum[2]), fast_softplus(sum[3]));
   }
 #pragma unroll
   for (int pair = 0; pair < kTiles; ++pair) {

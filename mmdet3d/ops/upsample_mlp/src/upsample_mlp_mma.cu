@@ -19,6 +19,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "fast_math.cuh"
+#include "tensor_cores.cuh"
 #include "upsample_mlp.h"
 
 namespace mmdet3d::upsample_mlp {
@@ -90,24 +92,9 @@ __device__ __forceinline__ void interpolate(float2 (&v)[kCorners], const Cell& c
   for (int i = 0; i < kCorners / 2; ++i) lerp(v[i], v[i + 4], cell.z.far);
 }
 
-// 2^x and log2(x) of the special function unit; without denormal numbers, which cost more instructions.
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), with absolute errors of some 1e-7.
-__device__ __forceinline__ float softplus(float x) {
-  constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-  return fmaxf(x, 0.f) + kLn2 * log2_approx(1.f + exp2_approx(-kLog2E * fabsf(x)));
-}
+// The compiler's own type of 16-bit numbers for PyTorch's.
+template <typename T>
+using Number = std::conditional_t<std::is_same_v<T, c10::Half>, __half, __nv_bfloat16>;
 
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
@@ -116,35 +103,6 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
   } else {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
   }
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, c10::Half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
-
-// sum += a @ b, of 16 x 16 and 16 x 8.
-template <typename T>
-__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], Quad b) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, c10::Half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-  }
-#endif
 }
 
 // What a lane loads of a voxel at once: for one product or for two.
@@ -176,7 +134,7 @@ __device__ void load_weights(const Args<T>& args, int first, Quad* weights) {
     if (k < args.size.outputs) {
       const int channel = step / QUADS * QUADS * kStep + (lane % 4 * QUADS + step % QUADS) * kLaneChannels;
       const float* w = args.weight + int64_t(k) * channels + channel;
-      quad = {pack<T>(w[0], w[1]), pack<T>(w[2], w[3])};
+      quad = {pack<Number<T>>(w[0], w[1]), pack<Number<T>>(w[2], w[3])};
     }
     weights[i] = quad;
   }
@@ -192,15 +150,15 @@ __device__ __forceinline__ void activations(const Chunk<QUADS> (&coarse)[kCorner
   for (int half = 0; half < 2; ++half) {
     float2 v[kCorners];
 #pragma unroll
-    for (int i = 0; i < kCorners; ++i) v[i] = unpack<T>(half ? coarse[i].quad[q].y : coarse[i].quad[q].x);
+    for (int i = 0; i < kCorners; ++i) v[i] = unpack<Number<T>>(half ? coarse[i].quad[q].y : coarse[i].quad[q].x);
     interpolate(v, cell);
 #pragma unroll
     for (int i = 0; i < kCorners; ++i) {
       if constexpr (GUIDED) {
-        const float2 more = unpack<T>(half ? guide[i].quad[q].y : guide[i].quad[q].x);
+        const float2 more = unpack<Number<T>>(half ? guide[i].quad[q].y : guide[i].quad[q].x);
         v[i] = {v[i].x + more.x, v[i].y + more.y};
       }
-      a[i / 2][2 * half + i % 2] = pack<T>(softplus(v[i].x), softplus(v[i].y));
+      a[i / 2][2 * half + i % 2] = pack<Number<T>>(fast_softplus(v[i].x), fast_softplus(v[i].y));
     }
   }
 }
@@ -292,7 +250,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, (kBlocks<WIDTH, GUIDED>))
         for (int part = 0; part < WIDTH; ++part) {
           const Quad b = weights[((step + q) * WIDTH + part) * kWarp + lane];
 #pragma unroll
-          for (int m = 0; m < kProducts; ++m) multiply_add<T>(sum[m][part], a[m], b);
+          for (int m = 0; m < kProducts; ++m) multiply_add<Number<T>>(sum[m][part], a[m], b.x, b.y);
         }
       }
     }
