@@ -9,8 +9,8 @@ read and written once, "flops": floating-point operations}. Times are medians af
 on the GPU and, for work shorter than its launches, those.
 
 The share of the ceiling is the time that this work would take at the rates measured first, of copying a large tensor
-and of a float32 matrix product, as a part of the time that was taken. It is 100 % for a copy, and less for what reads
-again what its caches could not hold.
+and of a matrix product in the precision asked for (float32 without TF32), as a part of the time that was taken. It is
+100 % for a copy, and less for what reads again what its caches could not hold, or cannot use matrix products.
 """
 
 import argparse
@@ -69,13 +69,14 @@ def _cuda_ms(function: Callable) -> float:
     return start.elapsed_time(end)
 
 
-def measure_ceilings(device: str, seconds: float) -> dict[str, float]:
-    """Bytes a second that a copy reads and writes, and operations a second of a float32 matrix product without TF32."""
+def measure_ceilings(device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    """Bytes a second that a copy reads and writes, and operations a second of a matrix product in ``dtype``."""
+    torch.backends.cuda.matmul.allow_tf32 = False
     numbers, side = (2**28, 8192) if device == "cuda" else (2**24, 1024)
     source = torch.ones(numbers, device=device)
     target = torch.empty_like(source)
     copy_ms, _ = median_ms(lambda: target.copy_(source), device, seconds)
-    matrix = torch.ones(side, side, device=device)
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
     product_ms, _ = median_ms(lambda: matrix @ matrix, device, seconds)
     return {"bytes": 2 * source.nbytes / copy_ms * 1e3, "flops": 2 * side**3 / product_ms * 1e3}
 
@@ -135,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     facts = machine(args.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), f"dtype {args.dtype}", sep=", ")
-    ceilings = measure_ceilings(args.device, args.seconds)
-    print(f"a copy reads and writes {ceilings['bytes'] / 1e9:.0f} GB/s, float32 matrix products do "
+    ceilings = measure_ceilings(args.device, DTYPES[args.dtype], args.seconds)
+    print(f"a copy reads and writes {ceilings['bytes'] / 1e9:.0f} GB/s, {args.dtype} matrix products do "
           f"{ceilings['flops'] / 1e12:.2f} TFLOP/s")
     rows = run(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds, ceilings)
     if args.json:

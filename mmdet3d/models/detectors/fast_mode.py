@@ -17,8 +17,10 @@ def fast_copy(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module
     """A copy of a detector for :class:`FrameRunner` that is faster and less exact.
 
     Batch normalisation is folded into the convolutions; weights of convolutions and linear layers are stored in
-    ``dtype`` and their inputs brought to it by autocast; geometry, softmax, normalisation, the sums of the custom
-    operators and the logits stay in float32.
+    ``dtype`` and their inputs brought to it by autocast; so are the histories and, in float16, the differences of the
+    plane sweep, whose features must stay below 16000. Geometry, softmax, normalisation, the sums of the custom
+    operators and the logits stay in float32. cuDNN searches the fastest algorithm of each convolution when a runner
+    first meets it, unless PyTorch's deterministic algorithms are on.
 
     Args:
         model: Detector with its final weights; it stays as it is.

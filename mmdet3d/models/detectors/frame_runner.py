@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.structures import TemporalMemory
+from mmdet3d.utils.recording import end_recording, generator_kept, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class FrameRunner:
         self._images: dict[Hashable, Tensor] = {}
         self._sides: list[TemporalMemory] = []
         self._side = 0
-        self._pool = None
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
     def __call__(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping],
@@ -95,6 +97,11 @@ class FrameRunner:
         """
         if self.model.training:
             raise ValueError("the model is in training mode; call model.eval() first")
+        with on_device(self.device):
+            return self._frame(img_inputs, img_metas, memory)
+
+    def _frame(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None
+               ) -> tuple[Tensor, Tensor, TemporalMemory | None]:
         begun = self._expected(img_inputs[0], img_metas)
         images = self._upload(img_inputs[0], newest_only=begun is not None)  # in the background, as all that follows
         if begun is not None:
@@ -174,8 +181,7 @@ class FrameRunner:
                 recording = self._record(images, plan)
             except RuntimeError as error:
                 logger.warning("CUDA graphs are off, because a frame could not be recorded: %s", error)
-                self.graphs = False
-                torch.cuda.synchronize(self.device)
+                self._give_up()
                 return self._eager(images, plan, memory)
             self._recordings[kind, self._side] = recording
         recording.plan.load(plan)
@@ -209,17 +215,28 @@ class FrameRunner:
         source, target = self._sides[self._side], self._sides[1 - self._side]
         fixed, first, newest = plan.to(self.device), None, None
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self.device)
+        self._stream = self._stream or torch.cuda.Stream()
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        torch.cuda.synchronize()
         network = getattr(self.model, "forward_projection", None)
-        if network is not None and network.newest_alone(plan.reuse):
-            first = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(first, pool=self._pool, capture_error_mode="thread_local"), self._arithmetic():
-                newest = network.frame_features(self.prepare(network.newest_pictures(images).flatten(0, 1)))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            semantics, flow, memory = self._compute(images, fixed, source, newest, histories_out=target.histories)
-            _copy_memory(target, memory)
+        with generator_kept():
+            if network is not None and network.newest_alone(plan.reuse):
+                first = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(first, **options), self._arithmetic():
+                    newest = network.frame_features(self.prepare(network.newest_pictures(images).flatten(0, 1)))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, **options):
+                semantics, flow, memory = self._compute(images, fixed, source, newest, histories_out=target.histories)
+                _copy_memory(target, memory)
         return _Recording(first, graph, fixed, semantics, flow, newest)
+
+    def _give_up(self) -> None:
+        end_recording(self._pool)
+        self.graphs = False
+        self._recordings.clear()
+        self._images.clear()
+        self._sides, self._pool = [], None
+        torch.cuda.synchronize()
 
     @staticmethod
     def _with_host_entries(memory: TemporalMemory, plan: FramePlan) -> TemporalMemory:

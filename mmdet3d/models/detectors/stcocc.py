@@ -309,7 +309,7 @@ class STCOcc(BaseDetector):
         Raises:
             ValueError: a target is missing or has another shape; the memory is as before then.
         """
-        self._check_targets(len(img_metas), voxel_semantics, voxel_flows, targets)
+        self.check_targets(len(img_metas), voxel_semantics, voxel_flows, **targets)
         prediction, features = self.run(img_inputs, img_metas, self.memory)
         self.memory = prediction.memory  # before the losses, which need the room that the former memory took
         return self.losses(prediction, features.depth, gt_depth, voxel_semantics, voxel_flows, **targets)
@@ -317,7 +317,7 @@ class STCOcc(BaseDetector):
     def losses(self, prediction: Prediction, depth: Tensor, gt_depth: Tensor, voxel_semantics: Tensor,
                voxel_flows: Tensor | None = None, **targets: Any) -> dict[str, Tensor]:
         """Losses of a prediction with depth probability [B * N, D, h, w]; targets as :meth:`forward_train`."""
-        coarser = self._check_targets(len(voxel_semantics), voxel_semantics, voxel_flows, targets)
+        coarser = self.check_targets(len(voxel_semantics), voxel_semantics, voxel_flows, **targets)
         transform = self.forward_projection.img_view_transformer
         losses = {"loss_depth": depth_loss(depth, gt_depth, transform.downsample, transform.depth_range,
                                            transform.loss_depth_weight)}
@@ -328,9 +328,13 @@ class STCOcc(BaseDetector):
                                             self.flow_loss_weight)
         return losses
 
-    def _check_targets(self, batch: int, voxel_semantics: Tensor, voxel_flows: Tensor | None,
-                       targets: Mapping[str, Any]) -> list[Tensor]:
-        """The coarser scales' targets, finest first; refuses what is missing or has another shape."""
+    def check_targets(self, batch: int, voxel_semantics: Tensor, voxel_flows: Tensor | None = None, **targets: Any
+                      ) -> list[Tensor]:
+        """The coarser scales' targets, finest first. Arguments as for :meth:`forward_train`, of ``batch`` samples.
+
+        Raises:
+            ValueError: a target is missing or has another shape.
+        """
         names = [f"voxel_semantics_1_{2 ** (s + 1)}" for s in range(self.num_stage)]
         if missing := [name for name in names if targets.get(name) is None]:
             raise ValueError(f"training needs {missing}; got {sorted(targets)}")

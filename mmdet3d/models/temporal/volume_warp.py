@@ -44,16 +44,16 @@ def previous_index_from_index(grid: VoxelGrid, previous_bda: Tensor, previous_eg
 def previous_indices_from_index(grids: Sequence[VoxelGrid], previous_bda: Tensor, previous_ego_from_ego: Tensor,
                                 bda: Tensor, corner_origin: bool = True) -> Tensor:
     """[G, B, 4, 4] :func:`previous_index_from_index` of several grids."""
-    metric, index = _grid_frames(tuple(grids), corner_origin, bda)
+    metric, index = _grid_frames(tuple(grids), corner_origin, bda.device)
     ego_from_ego = previous_bda.double() @ previous_ego_from_ego.double() @ _inverse(bda)
     return (index @ ego_from_ego @ metric).float()
 
 
 @remembered
-def _grid_frames(grids: tuple[VoxelGrid, ...], corner_origin: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """[G, B, 4, 4] :func:`metric_from_index` of the grids, for the B entries of ``like``, and its inverse."""
-    metric = torch.stack([metric_from_index(grid, like.device, corner_origin) for grid in grids])
-    return tuple(matrix[:, None].expand(-1, len(like), -1, -1) for matrix in (metric, torch.linalg.inv(metric)))
+def _grid_frames(grids: tuple[VoxelGrid, ...], corner_origin: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[G, 1, 4, 4] :func:`metric_from_index` of the grids, and its inverse."""
+    metric = torch.stack([metric_from_index(grid, device, corner_origin) for grid in grids])[:, None]
+    return metric, torch.linalg.inv(metric)
 
 
 @remembered

@@ -154,11 +154,11 @@ def pixel_homography(post_aug: Tensor) -> Tensor:
 
 
 @remembered
-def pixel_grid(image_size: tuple[int, int], feature_size: tuple[int, int], like: Tensor) -> Tensor:
+def _pixel_grid(image_size: tuple[int, int], feature_size: tuple[int, int], device: torch.device) -> Tensor:
     """[h, w, 3] homogeneous image pixels (u, v, 1) of a feature map whose corners sit on the image's corner pixels."""
     (height, width), (h, w) = image_size, feature_size
-    v = torch.linspace(0, height - 1, h, dtype=torch.float64, device=like.device)
-    u = torch.linspace(0, width - 1, w, dtype=torch.float64, device=like.device)
+    v = torch.linspace(0, height - 1, h, dtype=torch.float64, device=device)
+    u = torch.linspace(0, width - 1, w, dtype=torch.float64, device=device)
     v, u = torch.meshgrid(v, u, indexing="ij")
     return torch.stack([u, v, torch.ones_like(u)], -1)
 
@@ -176,7 +176,7 @@ def frustum_rays(camera: CameraFrame, bda: Tensor, image_size: tuple[int, int], 
     Returns:
         Rays [B, N, h, w, 3] and origins [B, N, 3], formed in float64, rounded to float32.
     """
-    pixels = pixel_grid(image_size, feature_size, bda)  # [h, w, 3]
+    pixels = _pixel_grid(image_size, feature_size, bda.device)  # [h, w, 3]
     ego_from_camera = bda.double()[:, None] @ camera.key_ego_from_camera.double()  # [B, N, 4, 4]
     ego_from_pixel = ego_from_camera[..., :3, :3] @ _camera_from_pixel(camera.post_aug, camera.intrinsics)
     return torch.einsum("bnij,hwj->bnhwi", ego_from_pixel, pixels).float(), ego_from_camera[..., :3, 3].float()
@@ -224,7 +224,7 @@ def sweep_geometry(camera: CameraFrame, image_size: tuple[int, int]) -> SweepGeo
     # Element by element, because autocast and TF32 would take a matrix product in fewer bits.
     older_from_pixel = sum(rotation[:, :, k, None] * camera_from_pixel[:, None, k] for k in range(3))
     return SweepGeometry(
-        pixel_from_augmented=pixel_from_augmented, augmentation=post[:, :2, :2], offset=post[:, :2, 2],
+        pixel_from_augmented=pixel_from_augmented.clone(), augmentation=post[:, :2, :2], offset=post[:, :2, 2],
         older_from_pixel=older_from_pixel, translation=older[:, :3, 3], intrinsics=pixel_from_camera,
         image_size=tuple(image_size))
 

@@ -147,7 +147,7 @@ class LSSForwardProjection(BaseModule):
         """As :meth:`forward`, with an optional stereo matching [B * N, D, h, w] for the depth.
 
         ``targets`` is :meth:`pool_targets` of the geometry, if it was begun before. The samples are ``frames`` times B,
-        frame after frame, whose volumes are joined to [B, frames * C, Z, Y, X], in the dtype of autocast.
+        frame after frame, whose volumes are joined to [B, frames * C, Z, Y, X]; more than one in the dtype of autocast.
         """
         logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), matching)
         depth = logits.softmax(1)

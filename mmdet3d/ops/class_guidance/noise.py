@@ -9,6 +9,7 @@ from torch import Tensor
 from .._library import AVAILABLE, built_with_cuda
 
 _BITS = 23  # with one half added, 24 significant bits: exact in float32, and never 0 or 1
+_MAX_SAMPLES = 65535  # of the kernel: its largest grid
 _FUSED = AVAILABLE and built_with_cuda() and hasattr(torch.ops.mmdet3d, "gumbel_noise")
 
 
@@ -65,7 +66,7 @@ def gumbel_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     Args, returned value and errors are those of :func:`uniform_noise`, whose numbers are the u.
     """
     check_noise(seeds, shape)
-    if _FUSED and seeds.is_cuda:
+    if _FUSED and seeds.is_cuda and len(seeds) <= _MAX_SAMPLES:
         return torch.ops.mmdet3d.gumbel_noise(seeds.contiguous(), math.prod(shape)).view(len(seeds), *shape)
     return gumbel_noise_reference(seeds, shape)
 

@@ -1,5 +1,7 @@
 """Frame after frame: recorded frames equal those that run kernel by kernel, and memories come and go."""
 
+import logging
+
 import pytest
 import tiny_model as tiny
 import torch
@@ -112,6 +114,35 @@ def test_recordings_in_two_parts():
     results, _ = run(runner, samples, "cuda")
     assert runner.graphs and [r.pictures is not None for r in runner._recordings.values()] == [True, True]
     assert_equal(results, run(FrameRunner(model, graphs=False), samples, "cuda")[0])
+
+
+@pytest.mark.cuda
+def test_a_frame_that_cannot_be_recorded_goes_on_without_graphs(monkeypatch, caplog):
+    """The noise comes from torch's generator, which a recording that fails leaves as one that records."""
+    model, samples = tiny.build().cuda(), frames(steps=EAGER_FRAMES + 4)
+    expected, _ = run(FrameRunner(model, graphs=False), samples, "cuda")
+    runner, outputs = FrameRunner(model), model.outputs
+
+    def waiting(prediction):
+        if torch.cuda.is_current_stream_capturing():
+            prediction.semantic_logits.sum().item()
+        return outputs(prediction)
+
+    monkeypatch.setattr(model, "outputs", waiting)
+    with caplog.at_level(logging.WARNING, logger="mmdet3d.models.detectors.frame_runner"):
+        results, _ = run(runner, samples, "cuda")
+    assert not runner.graphs and "could not be recorded" in caplog.text
+    assert_equal(results, expected)
+
+
+@pytest.mark.cuda
+def test_recordings_of_another_batch_size():
+    model = tiny.build().cuda()
+    runner, plain = FrameRunner(model), FrameRunner(model, graphs=False)
+    for batch in (1, 2, 1):
+        samples = frames(steps=EAGER_FRAMES + 4, batch=batch)
+        assert_equal(run(runner, samples, "cuda")[0], run(plain, samples, "cuda")[0])
+    assert runner.graphs and len(runner._recordings) == 2
 
 
 @pytest.mark.cuda

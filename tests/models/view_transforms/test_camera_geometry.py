@@ -11,6 +11,7 @@ from mmdet3d.models.view_transforms.geometry import (
     frustum_points,
     frustum_rays,
     split_frames,
+    sweep_geometry,
 )
 
 BATCH, CAMS, FRAMES, HEIGHT, WIDTH = 2, 4, 3, 5, 7
@@ -166,3 +167,16 @@ def test_a_camera_that_looks_ahead_sees_points_ahead(generator):
     torch.testing.assert_close(points[0, 0, 0, 1, 2], torch.tensor([11.0, 0.2, 1.5]))
     # The right-most column, u = 40, looks 0.5 to the right per metre: y = 0.2 - 5; the top row looks up.
     torch.testing.assert_close(points[0, 0, 0, 0, 4], torch.tensor([11.0, -4.8, 4.0]))
+
+
+def test_a_result_can_be_changed_without_changing_the_next_one(generator):
+    shape = (1, 3)
+    older, poses, intrinsics, post_aug = (rig.stack(draw, 3, *shape).float() for draw in (
+        lambda: rig.pose(generator), lambda: rig.pose(generator), lambda: rig.intrinsics(generator),
+        lambda: rig.post_aug(generator)))
+    camera = CameraFrame(poses, older, intrinsics, post_aug)
+    first = sweep_geometry(camera, (32, 88))
+    expected = {name: tensor.clone() for name, tensor in first.tensors.items()}
+    first.pixel_from_augmented.mul_(5)
+    for name, tensor in sweep_geometry(camera, (32, 88)).tensors.items():
+        assert torch.equal(tensor, expected[name]), name

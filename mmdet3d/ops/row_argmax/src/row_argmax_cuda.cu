@@ -71,7 +71,7 @@ at::Tensor row_argmax(const at::Tensor& values) {
   const int64_t blocks = (rows + threads - 1) / threads;
   TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "row_argmax: more rows than one launch can serve");
   const auto dtype = values.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, 
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
               "row_argmax: expected float32, float16 or bfloat16");
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "row_argmax", [&] {
     if constexpr (!std::is_same_v<scalar_t, double>) {

@@ -137,8 +137,13 @@ void run(const at::Tensor& fine, const at::Tensor& coarse, const at::Tensor& tot
 
 std::tuple<at::Tensor, at::Tensor> upsample_add(const at::Tensor& fine, const at::Tensor& coarse) {
   TORCH_CHECK(fine.dim() == 5 && coarse.dim() == 5 && fine.is_contiguous() && coarse.is_contiguous() &&
-                  fine.scalar_type() == coarse.scalar_type(),
-              "upsample_add: expected two contiguous volumes of one dtype");
+                  fine.scalar_type() == coarse.scalar_type() && fine.device() == coarse.device(),
+              "upsample_add: expected two contiguous volumes of one dtype on one device");
+  for (int axis = 0; axis < 5; ++axis) {
+    const int64_t factor = axis == 0 || axis == 4 ? 1 : 2;
+    TORCH_CHECK(fine.size(axis) == factor * coarse.size(axis),
+                "upsample_add: fine must have twice the voxels of coarse along each axis");
+  }
   const c10::cuda::CUDAGuard guard(fine.device());
   at::Tensor total = at::empty_like(fine);
   at::Tensor mean = at::empty({fine.size(0), fine.size(2), fine.size(3), fine.size(4)}, fine.options().dtype(at::kFloat));

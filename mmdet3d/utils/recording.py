@@ -1,0 +1,35 @@
+"""What a recording of a CUDA graph that fails would leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """``device`` as the current GPU, on which streams, events and recordings are made; nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def generator_kept() -> Iterator[None]:
+    """A recording that fails leaves torch's generator as one that records; this puts the former one back.
+
+    For the current GPU.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(before)
+        raise
+
+
+def end_recording(pool: Any) -> None:
+    """Tell the allocator of the current GPU that a recording into ``pool`` is over, which one broken off has not."""
+    with suppress(RuntimeError, AttributeError):  # one that ended has
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
