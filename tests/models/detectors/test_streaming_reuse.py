@@ -103,37 +103,39 @@ def test_the_memory_takes_the_features_along(model):
     torch.testing.assert_close(reused.semantic_logits, plain.semantic_logits)
 
 
+@torch.no_grad()
+def second_sample(model, batch):
+    """Images, plan and memory of a sample whose earlier pictures are known, and its prediction."""
+    memory = model.run(*sample((1, 0, -1), False, batch))[0].memory
+    inputs, metas = sample((2, 1, 0), False, batch)
+    plan = model.plan(inputs, metas, memory)
+    torch.manual_seed(0)
+    return inputs[0], plan, memory, model.compute(inputs[0], plan, memory)[0]
+
+
 @pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
 def test_the_newest_pictures_can_go_first(model, batch):
     network = model.forward_projection
-    with torch.no_grad():
-        memory = model.run(*sample((1, 0, -1), False, batch))[0].memory
-        inputs, metas = sample((2, 1, 0), False, batch)
-        plan = model.plan(inputs, metas, memory)
-        assert network.newest_alone(plan.reuse)
-        assert not network.newest_alone(model.plan(inputs, metas, None).reuse)
-        torch.manual_seed(0)
-        expected, _ = model.compute(inputs[0], plan, memory)
-        newest = network.frame_features(network.newest_pictures(inputs[0]).flatten(0, 1))
-        torch.manual_seed(0)
-        found, _ = model.compute(torch.full_like(inputs[0], torch.nan), plan, memory, newest=newest)
+    images, plan, memory, expected = second_sample(model, batch)
+    assert network.newest_alone(plan.reuse)
+    assert not network.newest_alone(model.plan(*sample((2, 1, 0), False, batch), None).reuse)
+    newest = network.frame_features(network.newest_pictures(images).flatten(0, 1))
+    torch.manual_seed(0)
+    found, _ = model.compute(torch.full_like(images, torch.nan), plan, memory, newest=newest)
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
     assert torch.equal(found.memory.features.stereo, expected.memory.features.stereo)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
 def test_what_needs_no_pictures_can_go_first(model, batch):
     network = model.forward_projection
-    with torch.no_grad():
-        memory = model.run(*sample((1, 0, -1), False, batch))[0].memory
-        inputs, metas = sample((2, 1, 0), False, batch)
-        plan = model.plan(inputs, metas, memory)
-        torch.manual_seed(0)
-        expected, _ = model.compute(inputs[0], plan, memory)
-        targets = Beside(lambda: network.img_view_transformer.pool_targets(plan.lifts))
-        features = network(inputs[0], plan.lifts, plan.reuse, memory.features, targets=targets)
-        torch.manual_seed(0)
-        found = model.cascade(features, plan, memory, recalled=model._recall(plan, memory, None))
+    images, plan, memory, expected = second_sample(model, batch)
+    targets = Beside(lambda: network.img_view_transformer.pool_targets(plan.lifts))
+    features = network(images, plan.lifts, plan.reuse, memory.features, targets=targets)
+    torch.manual_seed(0)
+    found = model.cascade(features, plan, memory, recalled=model._recall(plan, memory, None))
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
     for mine, theirs in zip(found.memory.histories, expected.memory.histories, strict=True):
         assert torch.equal(mine, theirs)
