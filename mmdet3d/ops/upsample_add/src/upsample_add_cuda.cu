@@ -13,11 +13,15 @@
 #include <limits>
 #include <tuple>
 
+#include "trilinear_x2.cuh"
+
 namespace mmdet3d::upsample_add {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kNear = 0.75f, kFar = 0.25f;
+using trilinear_x2::kFar;
+using trilinear_x2::kNear;
+using trilinear_x2::Taps;
 
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
@@ -31,14 +35,6 @@ struct Args {
   T* total;         // like fine
   float* mean;      // (B, 2Y, 2X, C)
   int batch, z, y, x, channels;
-};
-
-// The coarse voxels that a fine one lies between, held at the borders, and the weight of the lower one.
-struct Taps {
-  int low, high;
-  float low_weight;
-  __device__ Taps(int fine, int count)
-      : low(max((fine + 1) / 2 - 1, 0)), high(min((fine + 1) / 2, count - 1)), low_weight(fine & 1 ? kNear : kFar) {}
 };
 
 // One level of the coarse volume, interpolated along y and x.

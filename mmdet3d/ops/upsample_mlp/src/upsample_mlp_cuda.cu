@@ -15,6 +15,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "trilinear_x2.cuh"
 #include "upsample_mlp.h"
 
 namespace mmdet3d::upsample_mlp {
@@ -24,7 +25,9 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarps = 4;       // of a forward block
 constexpr int kThreads = 256;   // of the other kernels
-constexpr float kNear = 0.75f, kFar = 0.25f;
+using trilinear_x2::kFar;
+using trilinear_x2::kNear;
+using trilinear_x2::Taps;
 
 // The two coarse voxels and the two fine voxels of a cell along one axis.
 struct Span {
@@ -227,14 +230,6 @@ at::Tensor forward(const at::Tensor& hidden, const at::Tensor& weight, const at:
   });
   return out;
 }
-
-// Coarse voxels and weights that the fine voxel `fine` of an axis is interpolated from.
-struct Taps {
-  int low, high;
-  float low_weight;
-  __device__ Taps(int fine, int count)
-      : low(max((fine + 1) / 2 - 1, 0)), high(min((fine + 1) / 2, count - 1)), low_weight(fine & 1 ? kNear : kFar) {}
-};
 
 // A warp takes a fine voxel, its lanes the channels.
 template <typename T>

@@ -21,6 +21,7 @@
 
 #include "fast_math.cuh"
 #include "tensor_cores.cuh"
+#include "trilinear_x2.cuh"
 #include "upsample_mlp.h"
 
 namespace mmdet3d::upsample_mlp {
@@ -36,7 +37,7 @@ constexpr int kColumns = 8;     // outputs of a product
 constexpr int kWide = 3;        // products side by side where there are more than kColumns outputs
 constexpr int kLaneChannels = 4;
 constexpr int kMaxShared = 48 * 1024;
-constexpr float kFar = 0.25f;
+using trilinear_x2::kFar;
 
 // What a lane provides of a voxel, or of a column of the weights, for a product: four channels.
 using Quad = uint2;
