@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet3d.core.step_graph import StepGraph
+from mmdet3d.core.step_graph import EAGER_STEPS, StepGraph
 from mmdet3d.datasets.pipelines.device import normalise_on_device
 from mmdet3d.datasets.synthetic.stream import Drive
 from mmdet3d.models.detectors.frame_runner import FrameRunner
@@ -166,7 +166,8 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
         model: The detector on its device.
         drive: Where the samples come from.
         iterations: Those that count.
-        warmup: Those before; with graphs at least five, in which they are recorded.
+        warmup: Those before; with graphs at least those that begin, run kernel by kernel and are recorded, one from
+            each side.
         bf16: Mixed precision.
         max_norm: Of clipping.
         graphs: Replay CUDA graphs, see :class:`mmdet3d.core.step_graph.StepGraph`.
@@ -180,7 +181,7 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
     model.train()
     model.reset_memory()
     replayed = StepGraph(model, "bf16" if bf16 else "fp32") if graphs else None
-    warmup = max(warmup, 5) if graphs else warmup
+    warmup = max(warmup, EAGER_STEPS + 3) if graphs else warmup
     samples = [drive.sample(index) for index in range(warmup + iterations)]
     for inputs, _ in samples:
         inputs[0] = inputs[0].to(device)

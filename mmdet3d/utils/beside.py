@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -23,14 +24,13 @@ class Beside(Generic[Result]):
     """
 
     def __init__(self, work: Callable[[], Result]) -> None:
-        self._work = work
+        self._work = functools.cache(work)  # once, whenever that is
         self._stream: torch.cuda.Stream | None = None
         if self.possible():
             self._stream = torch.cuda.Stream()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                result = work()
-            self._work = lambda: result
+                self._work()
 
     @staticmethod
     def possible() -> bool:
@@ -42,6 +42,4 @@ class Beside(Generic[Result]):
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             self._stream = None
-        result = self._work()
-        self._work = lambda: result
-        return result
+        return self._work()

@@ -218,9 +218,9 @@ class FrameRunner:
         self._stream = self._stream or torch.cuda.Stream()
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         torch.cuda.synchronize()
-        network = getattr(self.model, "forward_projection", None)
+        network = self.model.forward_projection
         with generator_kept():
-            if network is not None and network.newest_alone(plan.reuse):
+            if network.newest_alone(plan.reuse):
                 first = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(first, **options), self._arithmetic():
                     newest = network.frame_features(self.prepare(network.newest_pictures(images).flatten(0, 1)))

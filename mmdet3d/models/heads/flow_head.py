@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet3d.models.backbones.resnet3d import BasicBlock3D
 from mmdet3d.models.heads.occupancy_head import voxel_rows
-from mmdet3d.models.heads.seeded_noise import gumbel_noise
 from mmdet3d.ops import class_guidance, upsample_mlp
-from mmdet3d.ops.class_guidance import kernel_serves
+from mmdet3d.ops.class_guidance import gumbel_noise, kernel_serves
 from mmdet3d.registry import HEADS
 from mmdet3d.utils.precision import Softplus, full_precision, working_dtype
 

@@ -1,21 +1,17 @@
-"""Gumbel noise that depends on a seed per sample and on the position, and on nothing else.
+"""Seeds of the flow head's noise: with :func:`mmdet3d.ops.class_guidance.gumbel_noise` it depends on nothing else.
 
 A generator gives a voxel the number that happens to be next: the noise of a sample then depends on the samples before
-it, on the batch and on the device. Here every number is a hash of (seed of its sample, position), so that an evaluation
-has the same noise however its samples are shared out.
+it, on the batch and on the device. There every number is a hash of (seed of its sample, position), so that an
+evaluation has the same noise however its samples are shared out.
 """
 
 from __future__ import annotations
 
 import zlib
 
-from mmdet3d.ops.class_guidance import gumbel_noise, uniform_noise
-
-__all__ = ["gumbel_noise", "sample_seed", "uniform_noise"]
-
 
 def sample_seed(token: str, seed: int = 0) -> int:
-    """Seed of a sample in -2^31..2^31-1 for :func:`gumbel_noise`: CRC-32 of ``<seed>/<token>``, on any machine.
+    """Seed of a sample in -2^31..2^31-1: CRC-32 of ``<seed>/<token>``, on any machine.
 
     Args:
         token: Name of the sample.

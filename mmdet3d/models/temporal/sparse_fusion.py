@@ -8,7 +8,7 @@ import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from mmdet3d.models.temporal.volume_warp import gather_rows, previous_indices_from_index
+from mmdet3d.models.temporal.volume_warp import gather_rows, previous_index_from_index
 from mmdet3d.ops.history_warp import history_warp, trilinear_taps
 from mmdet3d.registry import HEADS
 from mmdet3d.structures import VoxelGrid
@@ -161,7 +161,7 @@ class SparseFusion(BaseModule):
         elif any(starts):  # a volume that starts a sequence is its own past
             restart = torch.tensor(starts, device=bda.device)[:, None, None]
             previous_bda = torch.where(restart, bda, previous_bda)
-        return previous_indices_from_index(grids, previous_bda, previous_ego_from_ego, bda, self.corner_origin)
+        return previous_index_from_index(grids, previous_bda, previous_ego_from_ego, bda, self.corner_origin)
 
     @staticmethod
     @torch.no_grad()

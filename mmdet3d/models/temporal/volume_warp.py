@@ -27,23 +27,17 @@ def metric_from_index(grid: VoxelGrid, device: torch.device, corner_origin: bool
     return matrix
 
 
-def previous_index_from_index(grid: VoxelGrid, previous_bda: Tensor, previous_ego_from_ego: Tensor, bda: Tensor,
-                              corner_origin: bool = True) -> Tensor:
-    """[B, 4, 4] float32 matrix: voxel index now -> (fractional) voxel index in the previous frame's volume.
+def previous_index_from_index(grids: Sequence[VoxelGrid], previous_bda: Tensor, previous_ego_from_ego: Tensor,
+                              bda: Tensor, corner_origin: bool = True) -> Tensor:
+    """[G, B, 4, 4] float32 matrices: voxel index now -> (fractional) voxel index in the previous frame's volume.
 
     Args:
-        grid: The voxel grid.
+        grids: The G voxel grids.
         previous_bda: [B, 4, 4] BEV augmentation of the previous frame.
         previous_ego_from_ego: [B, 4, 4] current to previous ego.
         bda: [B, 4, 4] BEV augmentation of the current frame.
         corner_origin: See :func:`metric_from_index`.
     """
-    return previous_indices_from_index((grid,), previous_bda, previous_ego_from_ego, bda, corner_origin)[0]
-
-
-def previous_indices_from_index(grids: Sequence[VoxelGrid], previous_bda: Tensor, previous_ego_from_ego: Tensor,
-                                bda: Tensor, corner_origin: bool = True) -> Tensor:
-    """[G, B, 4, 4] :func:`previous_index_from_index` of several grids."""
     metric, index = _grid_frames(tuple(grids), corner_origin, bda.device)
     ego_from_ego = previous_bda.double() @ previous_ego_from_ego.double() @ _inverse(bda)
     return (index @ ego_from_ego @ metric).float()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmdet3d.models.heads import OccFlowHead
-from mmdet3d.models.heads.seeded_noise import gumbel_noise, sample_seed, uniform_noise
+from mmdet3d.models.heads.seeded_noise import sample_seed
+from mmdet3d.ops.class_guidance import gumbel_noise, uniform_noise
 
 SHAPE = (20, 15, 8, 17)
 TOKENS = ("fd8420396768425eabec9bdddf7e64b6", "sample", "sample ", "")

@@ -103,11 +103,11 @@ def flips(x, y):
 
 
 def test_a_flip_on_the_published_grid_maps_x_to_100_minus_x():
-    matrix = previous_index_from_index(PUBLISHED, torch.eye(4)[None], torch.eye(4)[None], flips(-1, 1))
+    matrix = previous_index_from_index([PUBLISHED], torch.eye(4)[None], torch.eye(4)[None], flips(-1, 1))[0]
     expected = torch.eye(4)
     expected[0, 0], expected[0, 3] = -1, 100
     torch.testing.assert_close(matrix[0], expected, atol=1e-4, rtol=0)
-    centre = previous_index_from_index(PUBLISHED, torch.eye(4)[None], torch.eye(4)[None], flips(-1, 1), False)
+    centre, = previous_index_from_index([PUBLISHED], torch.eye(4)[None], torch.eye(4)[None], flips(-1, 1), False)
     expected[0, 3] = 99
     torch.testing.assert_close(centre[0], expected, atol=1e-4, rtol=0)
 
@@ -115,10 +115,11 @@ def test_a_flip_on_the_published_grid_maps_x_to_100_minus_x():
 def test_a_flip_in_the_corner_convention_loses_a_column():
     grid = VoxelGrid((-6, -4, -1), (6, 4, 2), (2, 2, 1))  # X, Y, Z = 6, 4, 3
     volume = torch.randn(2, *SIZE)
-    moved = warped(previous_index_from_index(grid, torch.eye(4)[None], torch.eye(4)[None], flips(-1, 1))[0], volume)
+    matrix, = previous_index_from_index([grid], torch.eye(4)[None], torch.eye(4)[None], flips(-1, 1))
+    moved = warped(matrix[0], volume)
     assert not moved[..., 0].any()
     torch.testing.assert_close(moved[..., 1:], volume[..., 1:].flip(-1))
-    exact = previous_index_from_index(grid, flips(1, -1), torch.eye(4)[None], torch.eye(4)[None], corner_origin=False)
+    exact, = previous_index_from_index([grid], flips(1, -1), torch.eye(4)[None], torch.eye(4)[None], False)
     torch.testing.assert_close(warped(exact[0], volume), volume.flip(-2))
 
 
@@ -133,6 +134,6 @@ def test_the_order_of_the_matrices():
     ego_now = torch.linalg.inv(bda[0].double()) @ point
     before = previous_bda[0].double() @ (previous_from_current[0].double() @ ego_now)
     expected = [(before[i].item() - GRID.low[i]) / GRID.cell[i] for i in range(3)]
-    matrix = previous_index_from_index(GRID, previous_bda, previous_from_current, bda)
+    matrix, = previous_index_from_index([GRID], previous_bda, previous_from_current, bda)
     assert matrix.dtype == torch.float32
     assert (matrix[0].double() @ index)[:3].tolist() == pytest.approx(expected, abs=1e-5)
