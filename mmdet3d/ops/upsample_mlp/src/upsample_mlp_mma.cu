@@ -99,9 +99,10 @@ using Number = std::conditional_t<std::is_same_v<T, c10::Half>, __half, __nv_bfl
 
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<T, c10::Half>) {
+  if constexpr (std::is_same_v<T, __half>) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
   } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
   }
 }
