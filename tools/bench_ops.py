@@ -5,8 +5,11 @@
 
 Each ``tests/ops/test_<op>.py`` says what is timed, through ``bench_cases(device, dtype)``, which returns a list of
 (name, compiled callable, reference callable) and, where that means something, the least work: {"bytes": what has to be
-read and written once, "flops": floating-point operations}. Times are medians after warm-up; a CUDA time spans the work
-on the GPU and, for work shorter than its launches, those.
+read and written once, "flops": floating-point operations}. Times are medians after warm-up.
+
+On a GPU a call by itself may take longer to launch than to run. So there are two times: "compiled" and "reference" are
+of single calls, launches included; "queued" is of compiled calls whose launches the GPU does not wait for, as in a
+network whose host runs ahead or in a CUDA graph. Rates are of the latter.
 
 The share of the ceiling is the time that this work would take at the rates measured first, of copying a large tensor
 and of a matrix product in the precision asked for (float32 without TF32), as a part of the time that was taken. It is
@@ -20,7 +23,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import nan
 from pathlib import Path
 
 import torch
@@ -28,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("bev_pool_v2", "class_guidance", "history_warp", "ms_deform_attn", "oa_cross_attention", "plane_sweep",
        "ray_cast", "row_argmax", "upsample_add", "upsample_mlp")
+QUEUED_CALLS = 10  # behind one piece of other work
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -69,6 +74,30 @@ def _cuda_ms(function: Callable) -> float:
     return start.elapsed_time(end)
 
 
+def queued_ms(function: Callable, seconds: float) -> float:
+    """Median time of one call on the GPU, measured for about ``seconds``, without its launches.
+
+    Several calls are launched while the GPU is busy with a product that takes longer than their launches.
+    """
+    matrix = torch.ones(8192, 8192, device="cuda")
+
+    def measure() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.mm(matrix, matrix)  # 20 ms and more
+        start.record()
+        for _ in range(QUEUED_CALLS):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / QUEUED_CALLS
+
+    begin = time.perf_counter()
+    measure()
+    repeats = max(5, min(200, int(seconds / (time.perf_counter() - begin))))
+    return statistics.median(measure() for _ in range(repeats))
+
+
 def measure_ceilings(device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
     """Bytes a second that a copy reads and writes, and operations a second of a matrix product in ``dtype``."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -95,24 +124,28 @@ def machine(device: str) -> dict:
     return facts | {"threads": torch.get_num_threads(), "cpus": os.cpu_count()}
 
 
-def run(ops: list[str], device: str, dtype: str, seconds: float, ceilings: dict[str, float]) -> list[dict]:
-    """Times every case of ``ops`` and prints a row for each."""
-    rows = []
-    print(f"{'case':<44}{'compiled ms':>13}{'reference ms':>14}{'ratio':>8}{'GB/s':>8}{'of ceiling':>12}")
+def measure_cases(ops: list[str], device: str, dtype: str, seconds: float, ceilings: dict[str, float]
+                  ) -> Iterator[dict]:
+    """Times every case of ``ops``, and prints a row for each."""
+    print(f"{'case':<44}{'compiled ms':>13}{'reference ms':>14}{'ratio':>8}{'queued ms':>11}{'GB/s':>8}"
+          f"{'of ceiling':>12}")
     for op in ops:
         for name, compiled, reference, *work in load_cases(op, device, DTYPES[dtype]):
             fast, repeats = median_ms(compiled, device, seconds)
             slow, _ = median_ms(reference, device, seconds)
             row = {"op": op, "case": name, "compiled_ms": fast, "reference_ms": slow, "ratio": slow / fast,
                    "repeats": repeats}
-            rate = ""
+            line = f"{name:<44}{fast:>13.3f}{slow:>14.3f}{slow / fast:>7.1f}x"
+            taken = fast
+            if device == "cuda":
+                taken = row["queued_ms"] = queued_ms(compiled, seconds)
+            line += f"{row.get('queued_ms', nan):>11.4f}"
             if work:
-                share = share_of_ceiling(work[0], ceilings, fast)
+                share = share_of_ceiling(work[0], ceilings, taken)
                 row |= {"work": work[0], "share_of_ceiling": share}
-                rate = f"{work[0]['bytes'] / fast / 1e6:>8.0f}{100 * share:>11.1f}%"
-            print(f"{name:<44}{fast:>13.3f}{slow:>14.3f}{slow / fast:>7.1f}x{rate}", flush=True)
-            rows.append(row)
-    return rows
+                line += f"{work[0]['bytes'] / taken / 1e6:>8.0f}{100 * share:>11.1f}%"
+            print(line, flush=True)
+            yield row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     from mmdet3d.ops._library import AVAILABLE, built_with_cuda, load_error
+    from mmdet3d.utils.files import write_json
 
     if not AVAILABLE:
         raise SystemExit(f"nothing to compare: {load_error()}")
@@ -139,11 +173,12 @@ def main(argv: list[str] | None = None) -> None:
     ceilings = measure_ceilings(args.device, DTYPES[args.dtype], args.seconds)
     print(f"a copy reads and writes {ceilings['bytes'] / 1e9:.0f} GB/s, {args.dtype} matrix products do "
           f"{ceilings['flops'] / 1e12:.2f} TFLOP/s")
-    rows = run(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds, ceilings)
-    if args.json:
-        from mmdet3d.utils.files import write_json
-
-        write_json(args.json, {"machine": facts, "dtype": args.dtype, "ceilings": ceilings, "cases": rows})
+    rows = []
+    for row in measure_cases(list(OPS) if args.op == "all" else [args.op], args.device, args.dtype, args.seconds,
+                             ceilings):
+        rows.append(row)
+        if args.json:  # after every case: a run that is broken off has measured something, too
+            write_json(args.json, {"machine": facts, "dtype": args.dtype, "ceilings": ceilings, "cases": rows})
 
 
 if __name__ == "__main__":

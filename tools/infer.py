@@ -24,6 +24,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="config file of the model")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; default: random ones")
+    parser.add_argument("--averaged", action="store_true",
+                        help="of the checkpoint of a training, use the averaged weights")
     parser.add_argument("--allow-unsafe-checkpoint", action="store_true",
                         help="read a checkpoint that could run code: only from people you trust")
     parser.add_argument("--infos", metavar="FILE", help="info pickle; default: the val part of data/synthetic-small")
@@ -36,6 +38,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit must be at least 1, got {args.limit}")
+    if args.averaged and args.checkpoint is None:
+        parser.error("--averaged needs --checkpoint")
     return args
 
 
@@ -100,7 +104,8 @@ def run(args: argparse.Namespace) -> dict:
     info_file = args.infos or synthetic_frames(ROOT / "data" / "synthetic-small")
     frames = open_frames(cfg, info_file)  # before the model, which takes longer to find fault with
     count = min(len(frames), args.limit or len(frames))
-    model = init_model(cfg, args.checkpoint, args.device, seed=args.seed, allow_unsafe=args.allow_unsafe_checkpoint)
+    model = init_model(cfg, args.checkpoint, args.device, seed=args.seed, averaged=args.averaged,
+                       allow_unsafe=args.allow_unsafe_checkpoint)
     weights = f"weights: {Path(args.checkpoint).name}" if args.checkpoint else "RANDOM WEIGHTS: not a prediction"
     if model.random_weights:
         say("no --checkpoint: the weights are random, the results mean nothing")
@@ -124,9 +129,9 @@ def run(args: argparse.Namespace) -> dict:
             record["picture"] = str(picture)
         say(record.get("picture", record["prediction"]))
         records.append(record)
-    return {"config": args.config, "checkpoint": args.checkpoint, "random_weights": model.random_weights,
-            "infos": str(info_file), "device": device, "seed": args.seed, "dataset_name": settings.labels.name,
-            "frames": records}
+    return {"config": args.config, "checkpoint": args.checkpoint, "averaged": args.averaged,
+            "random_weights": model.random_weights, "infos": str(info_file), "device": device, "seed": args.seed,
+            "dataset_name": settings.labels.name, "frames": records}
 
 
 def finish(summary: dict, out: Path) -> None:

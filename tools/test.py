@@ -24,6 +24,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", help="file with the weights")
+    parser.add_argument("--averaged", action="store_true",
+                        help="of the checkpoint of a training, evaluate the averaged weights")
     parser.add_argument("--work-dir", metavar="DIR", help="where results.json goes; default: work_dir of the config, "
                                                           "else work_dirs/<name of the config>")
     parser.add_argument("--out", metavar="DIR", help="also write every prediction to DIR/<scene>/<token>.npz")
@@ -130,13 +132,13 @@ def run(args: argparse.Namespace) -> int:
     set_random_seed(args.seed, args.deterministic)
     torch.backends.cudnn.benchmark = bool(cfg.get("cudnn_benchmark")) and not args.deterministic
     options = _options(args, cfg)
-    model = load_test_model(cfg, args.checkpoint, device, fuse_conv_bn=args.fuse_conv_bn, fast=args.mode == "fast",
-                            allow_unsafe=args.allow_unsafe_checkpoint)
+    model = load_test_model(cfg, args.checkpoint, device, averaged=args.averaged, fuse_conv_bn=args.fuse_conv_bn,
+                            fast=args.mode == "fast", allow_unsafe=args.allow_unsafe_checkpoint)
     evaluation = evaluate_model(cfg, model, options)
     if rank == 0:
-        record = evaluation_record(evaluation, config=args.config, checkpoint=args.checkpoint, seed=args.seed,
-                                   fuse_conv_bn=args.fuse_conv_bn, mode=args.mode, deterministic=args.deterministic,
-                                   device=torch.device(device).type)
+        record = evaluation_record(evaluation, config=args.config, checkpoint=args.checkpoint, averaged=args.averaged,
+                                   seed=args.seed, fuse_conv_bn=args.fuse_conv_bn, mode=args.mode,
+                                   deterministic=args.deterministic, device=torch.device(device).type)
         report(evaluation, write_record(work_dir_of(cfg, args.work_dir) / "results.json", record))
     return 0
 

@@ -110,8 +110,8 @@ def load_config(config: str | os.PathLike | Config) -> Config:
 
 
 def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike | None = None,
-               device: str | torch.device | None = None, *, seed: int = 0, allow_unsafe: bool = False,
-               fold: bool = True) -> nn.Module:
+               device: str | torch.device | None = None, *, seed: int = 0, averaged: bool = False,
+               allow_unsafe: bool = False, fold: bool = True) -> nn.Module:
     """Build the model of a config and load its weights.
 
     Args:
@@ -120,6 +120,7 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
         device: Where the model goes. Default: a CUDA device if there is one, else the CPU; there the process keeps
             freed memory from then on, see :func:`keep_freed_memory`.
         seed: Of the random weights. The global random state stays as it was.
+        averaged: Take the averaged weights that the checkpoint of a training holds.
         allow_unsafe: Read a checkpoint that could run code when it is read.
         fold: Fold the batch norms into the convolutions, see :func:`fold_batch_norm`: faster, the same values but for
             rounding. False keeps the names of the published state dict.
@@ -146,7 +147,7 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
         torch.manual_seed(seed)
         model = build_model(cfg.model)
     if checkpoint is not None:
-        report = load_checkpoint(model, checkpoint, strict=True, allow_unsafe=allow_unsafe)
+        report = load_checkpoint(model, checkpoint, averaged=averaged, allow_unsafe=allow_unsafe)
         logger.log(logging.WARNING if report.nonfinite else logging.INFO, report.summary())
     model.cfg = cfg
     model.random_weights = checkpoint is None

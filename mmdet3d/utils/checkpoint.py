@@ -207,7 +207,8 @@ def _unpickle(path: Path, allow_unsafe: bool, map_location: Any) -> Any:
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
     """Message for a file that the weights-only reader refuses, with the class or function that it asks for."""
-    remedy = "If you trust its author, allow it with allow_unsafe=True (on the command line --allow-unsafe)"
+    remedy = ("If you trust its author, allow it with allow_unsafe=True (on the command line "
+              "--allow-unsafe-checkpoint)")
     if blocked := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (f"{path}: refused, because reading it would use {blocked.group(1)}, which weights do not need and "
                 f"which may run any code. {remedy}")
@@ -250,8 +251,8 @@ def _numpy_allowed() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, strict: bool = True, allow_unsafe: bool = False,
-                    map_location: Any = "cpu") -> LoadReport:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, strict: bool = True, averaged: bool = False,
+                    allow_unsafe: bool = False, map_location: Any = "cpu") -> LoadReport:
     """Load the weights of a file into a model. The model changes only after everything has been checked.
 
     Args:
@@ -259,6 +260,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, strict: bool =
         path: The file, see :func:`read_checkpoint`.
         strict: Require the same keys and shapes. If False, entries that agree in key and shape are loaded and the
             report names the others; this is the way to start from pre-trained parts.
+        averaged: Load the averaged weights that a checkpoint of a training holds besides those that it trains. In a
+            file of averaged weights alone they are what is loaded anyway.
         allow_unsafe: Passed to :func:`read_checkpoint`.
         map_location: Passed to :func:`read_checkpoint`.
 
@@ -266,11 +269,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, strict: bool =
         What was loaded and what was not. The caller logs its ``summary()``.
 
     Raises:
-        CheckpointError: the file cannot be read; it does not fit (``strict``); nothing in it fits; an entry's numbers
-            cannot be kept in the model's data type; the model is on the meta device.
+        CheckpointError: the file cannot be read; it holds no averaged weights (``averaged``); it does not fit
+            (``strict``); nothing in it fits; an entry's numbers cannot be kept in the model's data type; the model is
+            on the meta device.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, allow_unsafe, map_location)
+    if averaged and "updates" not in checkpoint:
+        checkpoint = _averaged_weights(path, checkpoint)
     while isinstance(getattr(model, "module", None), nn.Module) and all(
             key.startswith("module.") for key in model.state_dict()):
         model = model.module
@@ -279,6 +285,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, strict: bool =
         raise CheckpointError(_misfit_message(report, type(model).__name__, strict))
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def _averaged_weights(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hook that averages weights has saved in the checkpoint of a training."""
+    state: Any = checkpoint
+    for key in ("training_state", "hooks", "ema"):
+        state = state.get(key) if isinstance(state, Mapping) else None
+    if not isinstance(state, Mapping) or "state_dict" not in state:
+        raise CheckpointError(f"{path}: holds no averaged weights; the checkpoints of a training with MEGVIIEMAHook do")
+    return {**state, "state_dict": _clean_state_dict(path, state["state_dict"])}
 
 
 def _compare(path: Path, checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:

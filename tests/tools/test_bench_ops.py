@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from loading import load_tool
 
 bench_ops = load_tool("bench_ops")
@@ -22,3 +23,13 @@ def test_rows_are_printed_and_written(tmp_path, capsys):
     share = bench_ops.share_of_ceiling(row["work"], record["ceilings"], row["compiled_ms"])
     assert row["share_of_ceiling"] == share > 0
     assert f"{100 * share:.1f}%" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_a_gpu_has_times_without_launches(tmp_path):
+    bench_ops.main(["--op", "upsample_add", "--device", "cuda", "--seconds", "0.01",
+                    "--json", str(tmp_path / "ops.json")])
+    record = json.loads((tmp_path / "ops.json").read_text())
+    (row,) = record["cases"]
+    assert row["queued_ms"] > 0
+    assert row["share_of_ceiling"] == bench_ops.share_of_ceiling(row["work"], record["ceilings"], row["queued_ms"])

@@ -114,6 +114,8 @@ def test_errors_are_one_line(infer, setup, tmp_path, capsys):
         infer.main([*setup, "--device", "warp", "--debug"])
     with pytest.raises(SystemExit, match="2"):
         infer.main([*setup, "--limit", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        infer.main([*setup, "--averaged"])
 
 
 @pytest.mark.parametrize("change", [{"token": "../../evil"}, {"occ_path": "gts/../scene-0-0"}, {"token": "a b"}])

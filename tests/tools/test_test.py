@@ -103,6 +103,18 @@ def test_folded_batch_norm_changes_roundings_only(plain, setting, tmp_path):
     assert min(same) > 0.99
 
 
+def test_averaged_weights_of_a_training(setting, plain, tmp_path, capsys):
+    """Those of the checkpoint are the ones evaluated otherwise; the trained ones beside them are zero."""
+    assert run(setting, tmp_path, "--averaged") == (2, None)
+    assert "tiny.pth: holds no averaged weights" in capsys.readouterr().err
+    weights = torch.load(setting[0][1], weights_only=True)["state_dict"]
+    torch.save({"state_dict": {key: torch.zeros_like(value) for key, value in weights.items()},
+                "training_state": {"hooks": {"ema": {"state_dict": weights, "updates": 3}}}}, tmp_path / "x.pth")
+    status, record = run([[setting[0][0], str(tmp_path / "x.pth")], setting[1]], tmp_path, "--averaged")
+    assert status == 0 and record["averaged"] is True and plain[0]["averaged"] is False
+    assert record["ray_iou"] == plain[0]["ray_iou"]
+
+
 def test_format_only_compares_nothing(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, record = run(setting, tmp_path, "--format-only", "--eval", "bbox")

@@ -66,6 +66,32 @@ FORMATS = {
 }
 
 
+def test_averaged_weights_in_the_checkpoint_of_a_training(weights, tmp_path):
+    trained = {key: torch.zeros_like(value) for key, value in weights.items()}
+    saved = {"format": 1, "hooks": {"ema": {"state_dict": weights, "updates": 400}}}
+    path = write(tmp_path / "x.pth", {"meta": {}, "state_dict": trained, "training_state": saved})
+    model = Net()
+    load_checkpoint(model, path)
+    assert_holds(model, trained)
+    report = load_checkpoint(model, path, averaged=True)
+    assert_holds(model, weights)
+    assert report.complete and report.meta == {"updates": 400}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_averaged_weights_of_other_files(kind, weights, tmp_path):
+    path = write(tmp_path / "x.pth", FORMATS[kind](weights))
+    model = Net()
+    if kind == "averaged":
+        load_checkpoint(model, path, averaged=True)
+        assert_holds(model, weights)
+    else:
+        before = snapshot(model)
+        with pytest.raises(CheckpointError, match=r"x\.pth: holds no averaged weights; .* MEGVIIEMAHook"):
+            load_checkpoint(model, path, averaged=True)
+        assert_holds(model, before)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_formats(kind, zipped, weights, tmp_path):
@@ -126,7 +152,8 @@ def test_code_in_a_file_does_not_run(zipped, weights, tmp_path):
                  _use_new_zipfile_serialization=zipped)
     model = Net()
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"x\.pth: refused, .* would use (posix|nt)\.system, .*allow_unsafe=True"):
+    with pytest.raises(CheckpointError, match=r"x\.pth: refused, .* would use (posix|nt)\.system, .*allow_unsafe=True "
+                                              r"\(on the command line --allow-unsafe-checkpoint\)"):
         load_checkpoint(model, path)
     assert not mark.exists()
     assert_holds(model, before)

@@ -10,7 +10,7 @@ from mmcv.runner import Hook
 from mmdet3d.core.hooks.builder import build_hook
 from mmdet3d.core.hooks.ema import MEGVIIEMAHook, ema_decay
 from mmdet3d.registry import ConfigError
-from mmdet3d.utils.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from mmdet3d.utils.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 
 
 def hook_of(runner):
@@ -73,6 +73,8 @@ def test_checkpoints_hold_the_average_after_the_iteration(tmp_path):
     last = read_checkpoint(tmp_path / "iter_2_ema.pth")
     assert saved["updates"] == last["updates"] == 12
     assert all(torch.equal(saved["state_dict"][name], value) for name, value in last["state_dict"].items())
+    load_checkpoint(runner.model, tmp_path / "iter_2.pth", averaged=True)
+    assert all(torch.equal(last["state_dict"][name], value) for name, value in runner.model.state_dict().items())
 
 
 def test_published_behaviour_on_resume(tmp_path):
