@@ -111,9 +111,9 @@ class BEVFormerEncoder(BaseModule):
         logits = self.occ_predictor(query.transpose(1, 2).unflatten(2, self.bev_size))
         if previous_logits is None:
             return logits
-        weight = RECURRENCE_WEIGHT
-        if self.trainable_recurrence:
-            weight = self.recurrence_weights[layer - (len(self.layers) - self.recurrences)]
+        if not self.trainable_recurrence:
+            return torch.add(logits, previous_logits, alpha=RECURRENCE_WEIGHT)  # one kernel
+        weight = self.recurrence_weights[layer - (len(self.layers) - self.recurrences)]
         return logits + weight * previous_logits
 
     def _queue_references(self, batch: int, shift: Tensor | None) -> Tensor:
