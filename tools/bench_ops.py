@@ -39,6 +39,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load_cases(op: str, device: str, dtype: torch.dtype) -> list[tuple]:
     """Cases of one operator, from its test module."""
     path = ROOT / "tests" / "ops" / f"test_{op}.py"
+    if str(path.parent) not in sys.path:  # where pytest finds the helpers of the tests, too
+        sys.path.insert(0, str(path.parent))
     if not path.is_file():
         raise SystemExit(f"--op {op}: {path.relative_to(ROOT)} does not exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)

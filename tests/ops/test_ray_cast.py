@@ -281,10 +281,6 @@ def bench_cases(device, dtype):
     The reference of the evaluation is the caster of ``ray_cast_baseline`` with counting in NumPy, its grids in host
     memory, as the reference evaluation has them. ``tools/bench_metric.py`` times many samples, read once.
     """
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parent))
     import ray_cast_baseline
 
     from mmdet3d.datasets.metrics import RayMetric, lidar_rays
