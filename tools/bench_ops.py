@@ -39,8 +39,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load_cases(op: str, device: str, dtype: torch.dtype) -> list[tuple]:
     """Cases of one operator, from its test module."""
     path = ROOT / "tests" / "ops" / f"test_{op}.py"
-    if str(path.parent) not in sys.path:  # where pytest finds the helpers of the tests, too
-        sys.path.insert(0, str(path.parent))
     if not path.is_file():
         raise SystemExit(f"--op {op}: {path.relative_to(ROOT)} does not exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -53,27 +51,7 @@ def load_cases(op: str, device: str, dtype: torch.dtype) -> list[tuple]:
 
 def median_ms(function: Callable, device: str, seconds: float) -> tuple[float, int]:
     """Median time of one call in milliseconds, and of how many calls, measured for about ``seconds``."""
-    measure = _cuda_ms if device == "cuda" else _cpu_ms
-    for _ in range(3):
-        warm = measure(function)
-    repeats = max(5, min(200, int(1000 * seconds / max(warm, 1e-3))))
-    return statistics.median(measure(function) for _ in range(repeats)), repeats
-
-
-def _cpu_ms(function: Callable) -> float:
-    start = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _cuda_ms(function: Callable) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return _median(lambda: (_cuda_ms if device == "cuda" else _cpu_ms)(function), seconds)
 
 
 def queued_ms(function: Callable, seconds: float) -> float:
@@ -82,22 +60,36 @@ def queued_ms(function: Callable, seconds: float) -> float:
     Several calls are launched while the GPU is busy with a product that takes longer than their launches.
     """
     matrix = torch.ones(8192, 8192, device="cuda")
+    return _median(lambda: _cuda_ms(function, QUEUED_CALLS, lambda: matrix @ matrix), seconds)[0]  # 20 ms and more
 
-    def measure() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        torch.mm(matrix, matrix)  # 20 ms and more
-        start.record()
-        for _ in range(QUEUED_CALLS):
-            function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / QUEUED_CALLS
 
-    begin = time.perf_counter()
-    measure()
-    repeats = max(5, min(200, int(seconds / (time.perf_counter() - begin))))
-    return statistics.median(measure() for _ in range(repeats))
+def _median(measure: Callable[[], float], seconds: float) -> tuple[float, int]:
+    """Median of what ``measure`` returns within about ``seconds``, after three to warm up, and of how many."""
+    for _ in range(3):
+        begin = time.perf_counter()
+        measure()
+        took = time.perf_counter() - begin
+    repeats = max(5, min(200, int(seconds / max(took, 1e-6))))
+    return statistics.median(measure() for _ in range(repeats)), repeats
+
+
+def _cpu_ms(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _cuda_ms(function: Callable, calls: int = 1, before: Callable = lambda: None) -> float:
+    """Time of one of ``calls``, which are launched behind what ``before`` launches."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    before()
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
@@ -160,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "ops")]  # the latter for helpers of the tests
     from mmdet3d.ops._library import AVAILABLE, built_with_cuda, load_error
     from mmdet3d.utils.files import write_json
 

@@ -1,4 +1,4 @@
-"""What a recording of a CUDA graph that fails would leave behind."""
+"""Recordings of CUDA graphs: on which GPU, and what one that fails would leave behind."""
 
 from __future__ import annotations
 
