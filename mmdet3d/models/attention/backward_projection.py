@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from mmcv.runner import BaseModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdet3d.models.attention.encoder import EncoderGeometry
 from mmdet3d.registry import HEADS, build
 from mmdet3d.utils.precision import full_precision
 
@@ -44,6 +46,20 @@ def ego_shift(displacement: Tensor, yaw: Tensor, extent: tuple[float, float], *,
     across, along = length * angle.sin(), length * angle.cos()
     x, y = (across, along) if legacy_axes else (along, -across)
     return torch.stack([x / extent[0], y / extent[1]], -1).float()
+
+
+class StageSetup(NamedTuple):
+    """What a stage needs besides the features of the frame: the frame before and where everything is.
+
+    Attributes:
+        previous_map: [B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation, or None.
+        query_pos: [B, Q, C] positional encoding.
+        geometry: Where the queries look.
+    """
+
+    previous_map: Tensor | None
+    query_pos: Tensor
+    geometry: EncoderGeometry
 
 
 @HEADS.register_module()
@@ -93,7 +109,7 @@ class BEVFormerBackwardProjection(BaseModule):
 
     def forward(self, volume: Tensor, context: Tensor, depth: Tensor, coarse_logits: Tensor | None,
                 previous_volume: Tensor | None, previous_flips: Tensor, bda: Tensor, starts: Tensor, shift: Tensor,
-                image_from_augmented: Tensor, height_mean: Tensor | None = None, previous_map: Tensor | None = None
+                image_from_augmented: Tensor, height_mean: Tensor | None = None, setup: StageSetup | None = None
                 ) -> tuple[Tensor, Tensor]:
         """Refine the bird's-eye view of a volume and predict its occupancy.
 
@@ -110,23 +126,27 @@ class BEVFormerBackwardProjection(BaseModule):
             shift: [B, 2] displacement of the previous map, see :func:`ego_shift`.
             image_from_augmented: [B, N, 4, 4] augmented ego to augmented pixels times depth.
             height_mean: [B, C, Y, X] mean of ``volume`` over Z, if it is there already.
-            previous_map: :meth:`previous_map` of ``previous_volume``, if it is there already.
+            setup: :meth:`setup` of these arguments, if it is there already.
 
         Returns:
             BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
         """
         query = (_height_mean(volume) if height_mean is None else height_mean).flatten(2).transpose(1, 2)
-        previous = None
-        if previous_volume is not None:
-            previous = self.previous_map(previous_volume, previous_flips) if previous_map is None else previous_map
-            if not self.stale_previous_at_start:
-                previous = torch.where(starts[:, None, None], query.detach(), previous)
+        setup = setup or self.setup(previous_volume, previous_flips, bda, shift, image_from_augmented)
+        previous = setup.previous_map
+        if previous is not None and not self.stale_previous_at_start:
+            previous = torch.where(starts[:, None, None], query.detach(), previous)
         query, logits = self.transformer(
-            context, query=query, query_pos=self.positional_encoding(bda), depth=depth,
-            image_from_ego=image_from_augmented,
-            coarse_logits=None if coarse_logits is None else upsample_logits(coarse_logits),
-            previous=previous, shift=shift)
+            context, query=query, query_pos=setup.query_pos, depth=depth, geometry=setup.geometry,
+            coarse_logits=None if coarse_logits is None else upsample_logits(coarse_logits), previous=previous)
         return query.transpose(1, 2).unflatten(2, self.bev_size), logits
+
+    def setup(self, previous_volume: Tensor | None, previous_flips: Tensor, bda: Tensor, shift: Tensor,
+              image_from_augmented: Tensor) -> StageSetup:
+        """What :meth:`forward`, whose arguments these are, can do before the features of the frame are there."""
+        previous_map = None if previous_volume is None else self._previous_map(previous_volume, previous_flips)
+        geometry = self.transformer.encoder.geometry(image_from_augmented, None if previous_map is None else shift)
+        return StageSetup(previous_map, self.positional_encoding(bda), geometry)
 
     def displacement(self, moved: Tensor, yaw: Tensor, bda: Tensor) -> Tensor:
         """[B, 2] ``shift`` of :meth:`forward`.
@@ -144,12 +164,7 @@ class BEVFormerBackwardProjection(BaseModule):
         """[B, N, 4, 4] ``image_from_augmented`` of :meth:`forward`, of that from the ego frame and the augmentation."""
         return image_from_ego @ (torch.linalg.inv(bda) if self.invert_bda else bda)[:, None]
 
-    def previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
-        """[B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation.
-
-        Args:
-            volume, flip: ``previous_volume`` and ``previous_flips`` of :meth:`forward`.
-        """
+    def _previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
         bev = _height_mean(volume)
         if self.always_flip_previous:
             bev = bev.flip(2, 3)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
-from mmdet3d.models.attention.camera_anchors import anchor_points, project_anchors
+from mmdet3d.models.attention.camera_anchors import CameraAnchors, anchor_points, project_anchors
 from mmdet3d.models.attention.encoder_layer import BEVContext
 from mmdet3d.models.attention.occupancy_predictor import OccupancyPredictor, query_visibility
 from mmdet3d.registry import TRANSFORMER_LAYER_SEQUENCE, build, check_keys
@@ -17,6 +18,19 @@ from mmdet3d.structures import VoxelGrid
 RECURRENCE_WEIGHT = 0.5
 #: Keys of the pipeline's ``data_config``, of which only ``input_size`` is read here.
 DATA_CONFIG_KEYS = ("cams", "Ncams", "input_size", "src_size", "resize", "rot", "flip", "crop_h", "resize_test")
+
+
+class EncoderGeometry(NamedTuple):
+    """Where the queries of a stage look.
+
+    Attributes:
+        anchors: 3D anchors of the queries in the cameras.
+        reference_points: [2 B, Q, 2] positions (x, y) of the queries in the maps of the temporal queue, in units of the
+            map; row 2 b is the previous map, row 2 b + 1 the current one.
+    """
+
+    anchors: CameraAnchors
+    reference_points: Tensor
 
 
 @TRANSFORMER_LAYER_SEQUENCE.register_module()
@@ -75,8 +89,19 @@ class BEVFormerEncoder(BaseModule):
         self.register_buffer("reference_points", _cell_centres(self.bev_size), persistent=False)
         self.register_buffer("cells", torch.tensor(self.bev_size[::-1], dtype=torch.float32), persistent=False)
 
-    def forward(self, query: Tensor, query_pos: Tensor, tokens: Tensor, depth: Tensor, image_from_ego: Tensor,
-                coarse_logits: Tensor | None, previous: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def geometry(self, image_from_ego: Tensor, shift: Tensor | None) -> EncoderGeometry:
+        """``geometry`` of :meth:`forward`.
+
+        Args:
+            image_from_ego: [B, N, 4, 4] augmented ego to augmented pixels times depth.
+            shift: [B, 2] (x, y) displacement of the previous map, in units of the map; None without that map.
+        """
+        return EncoderGeometry(
+            project_anchors(self.anchors, image_from_ego, self.image_size, legacy_axis_swap=self.legacy_axis_swap),
+            self._queue_references(len(image_from_ego), shift))
+
+    def forward(self, query: Tensor, query_pos: Tensor, tokens: Tensor, depth: Tensor, geometry: EncoderGeometry,
+                coarse_logits: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         """Refine the queries and predict the stage's occupancy.
 
         Args:
@@ -84,21 +109,19 @@ class BEVFormerEncoder(BaseModule):
             query_pos: [B, Q, C] positional encoding.
             tokens: [N, B, h * w, C] image features.
             depth: [B, N, D, h, w] depth probability.
-            image_from_ego: [B, N, 4, 4] augmented ego to augmented pixels times depth.
+            geometry: Where the queries look, see :meth:`geometry`.
             coarse_logits: [B, X, Y, Z, K] up-sampled logits of the coarser stage, or None.
             previous: [B, Q, C] map of the previous frame, or None.
-            shift: [B, 2] (x, y) displacement of the previous map, in units of the map.
 
         Returns:
             Refined queries [B, Q, C], and the logits [B, X, Y, Z, K] that the last layer's predictor gave, before that
             layer's attention.
         """
-        anchors = project_anchors(self.anchors, image_from_ego, self.image_size, legacy_axis_swap=self.legacy_axis_swap)
+        anchors, reference_points = geometry
         # The layers are built from one config, so that their depth weights are the same.
         consistency = self.layers[0].attentions[1].consistency(anchors, depth)
         context = BEVContext(self.bev_size, self.cells, query_pos, tokens, tuple(depth.shape[-2:]), anchors,
                              consistency)
-        reference_points = self._queue_references(query.shape[0], shift if previous is not None else None)
         values, logits = None, coarse_logits
         for index, layer in enumerate(self.layers):
             logits = self._predict(query, logits, index)

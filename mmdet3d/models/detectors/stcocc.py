@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmdet3d.models.attention.backward_projection import StageSetup
 from mmdet3d.models.attention.occupancy_predictor import occupied_probability
 from mmdet3d.models.detectors.base import BaseDetector
 from mmdet3d.models.detectors.consistency import check_consistency
@@ -32,10 +33,10 @@ from mmdet3d.utils.memory_format import use_channels_last
 from mmdet3d.utils.transfer import to_numpy
 
 
-class Recalled(NamedTuple):
-    """``previous_map`` of the backward projection and ``warped`` history of the temporal fusion, of one stage."""
+class Prepared(NamedTuple):
+    """``setup`` of the backward projection and ``warped`` history of the temporal fusion, of one stage."""
 
-    previous_map: Tensor | None = None
+    setup: StageSetup | None = None
     history: Tensor | None = None
 
 
@@ -208,26 +209,27 @@ class STCOcc(BaseDetector):
             newest: Features of the newest pictures, see ``forward`` of :class:`BEVDetStereoForwardProjection`.
         """
         cache = None if memory is None else memory.features
-        targets, recalled = None, None
+        targets, prepared = None, None
         if Beside.possible() and not torch.is_grad_enabled() and memory is not None and not any(plan.meta.starts):
             targets = Beside(lambda: self.forward_projection.img_view_transformer.pool_targets(plan.lifts))
-            recalled = Beside(lambda: self._recall(plan, memory, histories_out))
+            prepared = Beside(lambda: self._prepare(plan, memory, histories_out))
         features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest, targets)
-        return self.cascade(features, plan, memory, histories_out, recalled and recalled.get()), features
+        return self.cascade(features, plan, memory, histories_out, prepared and prepared.get()), features
 
-    def _recall(self, plan: FramePlan, memory: TemporalMemory, histories_out: Sequence[Tensor] | None
-                ) -> list[Recalled]:
-        """What the stages, finest first, need of the past where a sequence goes on."""
+    def _prepare(self, plan: FramePlan, memory: TemporalMemory, histories_out: Sequence[Tensor] | None
+                ) -> list[Prepared]:
+        """What the stages, finest first, can do before the frame's features are there, where a sequence goes on."""
         geometry = plan.stages
         return [
-            Recalled(projection.previous_map(memory.newest_volume(s), geometry.previous_flips),
+            Prepared(projection.setup(memory.newest_volume(s), geometry.previous_flips, geometry.bda, geometry.shift,
+                                      geometry.image_from_augmented),
                      fusion.warp_history(memory.histories[s], self.grids[s], geometry.index_matrices[s],
                                          None if histories_out is None else histories_out[s]))
             for s, (projection, fusion) in enumerate(
                 zip(self.backward_projection_list, self.temporal_fusion_list, strict=True))]
 
     def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None,
-                histories_out: Sequence[Tensor] | None = None, recalled: Sequence[Recalled] | None = None
+                histories_out: Sequence[Tensor] | None = None, prepared: Sequence[Prepared] | None = None
                 ) -> Prediction:
         """Stages and heads, coarse to fine.
 
@@ -236,7 +238,7 @@ class STCOcc(BaseDetector):
             plan: The frame's plan, on the device of the features.
             memory: What the previous frame returned, as it was when the plan was made.
             histories_out: See :meth:`compute`.
-            recalled: For each stage, finest first, what was made of the memory before.
+            prepared: For each stage, finest first, what was done before.
         """
         geometry, batch = plan.stages, len(plan.bda)
         context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
@@ -246,17 +248,17 @@ class STCOcc(BaseDetector):
             if coarser is not None:
                 volume, height_mean = upsample_add(volume, coarser)
             previous = memory.newest_volume(s) if memory is not None else None
-            past = Recalled() if recalled is None else recalled[s]
+            early = Prepared() if prepared is None else prepared[s]
             bev, stage = self.backward_projection_list[s](
                 volume, context, depth, logits, previous, geometry.previous_flips, geometry.bda, geometry.start_mask,
-                geometry.shift, geometry.image_from_augmented, height_mean, past.previous_map)
+                geometry.shift, geometry.image_from_augmented, height_mean, early.setup)
             logits = stage.detach()
             occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
             # In the dtype of the volume, which under autocast is that of the convolutions.
             volume = torch.addcmul(volume, bev[:, :, None].to(volume.dtype), occupied[:, None].to(volume.dtype))
             if self.temporal_fusion_list:
                 volume, history = self._fuse(s, volume, logits, occupied, plan, memory,
-                                             None if histories_out is None else histories_out[s], past.history)
+                                             None if histories_out is None else histories_out[s], early.history)
                 histories.append(history)
             stage_logits.append(stage)
             coarser = volume

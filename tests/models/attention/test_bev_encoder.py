@@ -97,7 +97,8 @@ def cell_centres():
 
 def test_value_queue_with_a_history():
     seen = trace()
-    previous, shift, entry = (seen.encoder_inputs[name] for name in ("previous", "shift", "query"))
+    previous, entry = (seen.encoder_inputs[name] for name in ("previous", "query"))
+    shift = stage.inputs()["shift"]
     assert shift[0].any() and not shift[1].any()
     for _, _, values, references, _, _ in seen.layers:
         for b in range(BATCH):

@@ -135,7 +135,7 @@ def test_what_needs_no_pictures_can_go_first(model, batch):
     targets = Beside(lambda: network.img_view_transformer.pool_targets(plan.lifts))
     features = network(images, plan.lifts, plan.reuse, memory.features, targets=targets)
     torch.manual_seed(0)
-    found = model.cascade(features, plan, memory, recalled=model._recall(plan, memory, None))
+    found = model.cascade(features, plan, memory, prepared=model._prepare(plan, memory, None))
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
     for mine, theirs in zip(found.memory.histories, expected.memory.histories, strict=True):
         assert torch.equal(mine, theirs)
