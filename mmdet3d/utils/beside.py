@@ -15,7 +15,8 @@ class Beside(Generic[Result]):
     """The result of work that runs next to what follows, until it is asked for.
 
     Only inside a CUDA graph that is being recorded: kernel by kernel, the host is the one that is waited for, and
-    memory of one stream must not be used by another without more ado. Elsewhere the work is done when it is asked for.
+    memory of one stream must not be used by another without more ado. And only without gradient, because a backward
+    pass would run on the streams of the forward pass. Elsewhere the work is done when it is asked for.
 
     What the work reads must stay until :meth:`get`.
 
@@ -35,7 +36,8 @@ class Beside(Generic[Result]):
     @staticmethod
     def possible() -> bool:
         """Whether work started now runs next to what follows."""
-        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return (not torch.is_grad_enabled() and torch.cuda.is_available()
+                and torch.cuda.is_current_stream_capturing())
 
     def get(self) -> Result:
         """The result, for the current stream."""

@@ -210,7 +210,7 @@ class STCOcc(BaseDetector):
         """
         cache = None if memory is None else memory.features
         targets, prepared = None, None
-        if Beside.possible() and not torch.is_grad_enabled() and memory is not None and not any(plan.meta.starts):
+        if Beside.possible() and memory is not None and not any(plan.meta.starts):
             targets = Beside(lambda: self.forward_projection.img_view_transformer.pool_targets(plan.lifts))
             prepared = Beside(lambda: self._prepare(plan, memory, histories_out))
         features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest, targets)
@@ -262,10 +262,17 @@ class STCOcc(BaseDetector):
                 histories.append(history)
             stage_logits.append(stage)
             coarser = volume
-        semantic_logits = self.occupancy_head(volume, logits)
-        flow = None if self.flow_head is None else self.flow_head(volume, semantic_logits, geometry.noise_seeds)
+        semantic_logits, flow = self._heads(volume, logits, geometry.noise_seeds)
         return Prediction(semantic_logits, flow, tuple(reversed(stage_logits)), volume,
                           self._remember(histories[::-1], plan, features.key_features))
+
+    def _heads(self, volume: Tensor, logits: Tensor, noise_seeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Occupancy logits and flow, of the fused volume and the logits of the finest stage."""
+        if self.flow_head is None:
+            return self.occupancy_head(volume, logits), None
+        features = Beside(lambda: self.flow_head.features(volume))
+        semantic_logits = self.occupancy_head(volume, logits)
+        return semantic_logits, self.flow_head(volume, semantic_logits, noise_seeds, features)
 
     def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, plan: FramePlan,
               memory: TemporalMemory | None, history_out: Tensor | None, warped: Tensor | None

@@ -15,6 +15,7 @@ from mmdet3d.models.heads.occupancy_head import voxel_rows
 from mmdet3d.ops import class_guidance, upsample_mlp
 from mmdet3d.ops.class_guidance import gumbel_noise, kernel_serves
 from mmdet3d.registry import HEADS
+from mmdet3d.utils.beside import Beside
 from mmdet3d.utils.precision import Softplus, full_precision, working_dtype
 
 
@@ -51,7 +52,8 @@ class OccFlowHead(BaseModule):
         moving[list(foreground_idx)] = True
         self.register_buffer("moving_classes", moving, persistent=False)
 
-    def forward(self, volume: Tensor, semantic_logits: Tensor, noise_seeds: Tensor | None = None) -> Tensor:
+    def forward(self, volume: Tensor, semantic_logits: Tensor, noise_seeds: Tensor | None = None,
+                features: Beside[Tensor] | None = None) -> Tensor:
         """[B, C, Z, Y, X] and logits [B, 2 X, 2 Y, 2 Z, K] -> flow [B, 2 X, 2 Y, 2 Z, 2].
 
         Args:
@@ -59,6 +61,7 @@ class OccFlowHead(BaseModule):
             semantic_logits: Output of the occupancy head.
             noise_seeds: [B] int32 on the same device: seeds of the noise in evaluation, see
                 :mod:`mmdet3d.models.heads.seeded_noise`. Default, and in training: torch's generator.
+            features: :meth:`features` of ``volume``, if they were begun before.
         """
         if self._fused(semantic_logits):
             guidance = self._fused_guidance(semantic_logits, noise_seeds)
@@ -68,10 +71,15 @@ class OccFlowHead(BaseModule):
                 guidance = checkpoint(self._guidance, classes, use_reentrant=False, preserve_rng_state=False)
             else:
                 guidance = self._guidance(classes)
-        first, _, second = self.predicter
-        rows = voxel_rows(self.voxel_conv(volume))
-        hidden = F.linear(rows, first.weight[:, :rows.shape[-1]], first.bias)
+        second = self.predicter[2]
+        hidden = self.features(volume) if features is None else features.get()
         return upsample_mlp(hidden, second.weight, second.bias, fine=guidance)
+
+    def features(self, volume: Tensor) -> Tensor:
+        """[B, C, Z, Y, X] -> [B, Z, Y, X, hidden] what of the predictor's hidden values does not come from classes."""
+        first = self.predicter[0]
+        rows = voxel_rows(self.voxel_conv(volume))
+        return F.linear(rows, first.weight[:, :rows.shape[-1]], first.bias)
 
     def _guidance(self, classes: Tensor) -> Tensor:
         """[..., K] class probabilities -> [..., hidden] what they add to the predictor's hidden values."""
