@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+#: Streams that no work uses, by the stream that is being recorded. They are kept, because cuBLAS holds a workspace for
+#: each stream that ever ran a matrix product (32 MiB on an H200); and not shared between recorded streams, because
+#: recordings may be replayed at the same time and must not write to one workspace.
+_IDLE: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 class Beside(Generic[Result]):
@@ -28,8 +34,10 @@ class Beside(Generic[Result]):
         self._work = functools.cache(work)  # once, whenever that is
         self._stream: torch.cuda.Stream | None = None
         if self.possible():
-            self._stream = torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
+            current = torch.cuda.current_stream()
+            self._home = _IDLE[current.cuda_stream]
+            self._stream = self._home.pop() if self._home else torch.cuda.Stream()
+            self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 self._work()
 
@@ -43,5 +51,6 @@ class Beside(Generic[Result]):
         """The result, for the current stream."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+            self._home.append(self._stream)
             self._stream = None
         return self._work()

@@ -196,7 +196,10 @@ class FrameRunner:
     def _take_in(self, memory: TemporalMemory) -> None:
         """Make ``memory`` what the next recording reads."""
         if not self._fits(memory):
+            # With a pool of their own for the next ones: cuBLAS may hold workspaces in this one, which no recording
+            # uses any more, and which PyTorch therefore refuses to another.
             self._recordings.clear()
+            self._pool = None
             self._sides = [memory.in_precision(self.dtype).clone() for _ in range(2)]
             self._side = 0
         else:
