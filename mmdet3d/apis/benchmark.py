@@ -183,14 +183,13 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
     replayed = StepGraph(model, "bf16" if bf16 else "fp32") if graphs else None
     warmup = max(warmup, EAGER_STEPS + 3) if graphs else warmup
     samples = [drive.sample(index) for index in range(warmup + iterations)]
-    for inputs, _ in samples:
-        inputs[0] = inputs[0].to(device)
     seconds, losses = [], []
     with peak_memory(device) as peak:
         for position, (inputs, metas) in enumerate(samples):
+            images = inputs[0].to(device)  # not before, so that the memory is that of one iteration
             synchronise(device)
             start = time.perf_counter()
-            batch = {"img_inputs": [normalise_on_device(inputs[0]), *inputs[1:]], "img_metas": metas, **targets}
+            batch = {"img_inputs": [normalise_on_device(images), *inputs[1:]], "img_metas": metas, **targets}
             if replayed is not None:
                 outputs = replayed.step(batch)
             else:
