@@ -25,7 +25,7 @@ from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.registry import ConfigError
 from mmdet3d.structures import TemporalMemory
 from mmdet3d.utils.precision import PRECISIONS
-from mmdet3d.utils.recording import end_recording, generator_kept, on_device
+from mmdet3d.utils.recording import end_recording, generator_kept, on_device, reason
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class StepGraph:
             try:
                 self._recordings[kind, self._side] = self._record(kind, *arguments)
             except RuntimeError as error:
-                logger.warning("CUDA graphs are off, because a training step could not be recorded: %s", error)
+                logger.warning("CUDA graphs are off, because a training step could not be recorded: %s", reason(error))
                 self._give_up()
         return self._replay(kind, *arguments) if self.graphs else self._eager(*arguments)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -11,10 +13,12 @@ import torch
 
 Result = TypeVar("Result")
 
-#: Streams that no work uses, by the stream that is being recorded. They are kept, because cuBLAS holds a workspace for
-#: each stream that ever ran a matrix product (32 MiB on an H200); and not shared between recorded streams, because
-#: recordings may be replayed at the same time and must not write to one workspace.
-_IDLE: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
+#: Heaps of streams that no work uses, with their numbers, by the stream that is being recorded. They are kept, and the
+#: first one is taken, because cuBLAS holds a workspace for each stream that ever ran a matrix product (32 MiB on an
+#: H200). They are not shared between recorded streams, because recordings may be replayed at the same time and must
+#: not write to one workspace (as far as PyTorch gives out different streams: it has 32 for each GPU).
+_IDLE: defaultdict[int, list[tuple[int, torch.cuda.Stream]]] = defaultdict(list)
+_NUMBERS = itertools.count()
 
 
 class Beside(Generic[Result]):
@@ -35,8 +39,9 @@ class Beside(Generic[Result]):
         self._stream: torch.cuda.Stream | None = None
         if self.possible():
             current = torch.cuda.current_stream()
-            self._home = _IDLE[current.cuda_stream]
-            self._stream = self._home.pop() if self._home else torch.cuda.Stream()
+            self._idle = _IDLE[current.cuda_stream]
+            self._number, self._stream = (heapq.heappop(self._idle) if self._idle
+                                          else (next(_NUMBERS), torch.cuda.Stream()))
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 self._work()
@@ -51,6 +56,6 @@ class Beside(Generic[Result]):
         """The result, for the current stream."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-            self._home.append(self._stream)
+            heapq.heappush(self._idle, (self._number, self._stream))
             self._stream = None
         return self._work()

@@ -30,6 +30,16 @@ def generator_kept() -> Iterator[None]:
 
 
 def end_recording(pool: Any) -> None:
-    """Tell the allocator of the current GPU that a recording into ``pool`` is over, which one broken off has not."""
+    """Tell the allocator of the current GPU that a recording into ``pool`` is over, which one broken off has not.
+
+    Without a pool, no recording has begun.
+    """
+    if pool is None:
+        return
     with suppress(RuntimeError, AttributeError):  # one that ended has
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+
+
+def reason(error: BaseException) -> str:
+    """Why a recording failed: the error that ended it, which the end of the recording may have replaced by another."""
+    return str(error) if error.__context__ is None else f"{error.__context__} (then {error})"

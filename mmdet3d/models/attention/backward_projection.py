@@ -132,7 +132,8 @@ class BEVFormerBackwardProjection(BaseModule):
             BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
         """
         query = (_height_mean(volume) if height_mean is None else height_mean).flatten(2).transpose(1, 2)
-        setup = setup or self.setup(previous_volume, previous_flips, bda, shift, image_from_augmented)
+        if setup is None:
+            setup = self.setup(previous_volume, previous_flips, bda, shift, image_from_augmented)
         previous = setup.previous_map
         if previous is not None and not self.stale_previous_at_start:
             previous = torch.where(starts[:, None, None], query.detach(), previous)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.structures import TemporalMemory
-from mmdet3d.utils.recording import end_recording, generator_kept, on_device
+from mmdet3d.utils.recording import end_recording, generator_kept, on_device, reason
 
 logger = logging.getLogger(__name__)
 
@@ -178,9 +178,10 @@ class FrameRunner:
         recording = self._recordings.get((kind, self._side))
         if recording is None:
             try:
-                recording = self._record(images, plan)
+                with torch.cuda.stream(torch.cuda.current_stream()):  # a recording that fails leaves its own as current
+                    recording = self._record(images, plan)
             except RuntimeError as error:
-                logger.warning("CUDA graphs are off, because a frame could not be recorded: %s", error)
+                logger.warning("CUDA graphs are off, because a frame could not be recorded: %s", reason(error))
                 self._give_up()
                 return self._eager(images, plan, memory)
             self._recordings[kind, self._side] = recording
@@ -196,8 +197,8 @@ class FrameRunner:
     def _take_in(self, memory: TemporalMemory) -> None:
         """Make ``memory`` what the next recording reads."""
         if not self._fits(memory):
-            # With a pool of their own for the next ones: cuBLAS may hold workspaces in this one, which no recording
-            # uses any more, and which PyTorch therefore refuses to another.
+            # With a pool of their own for the next ones: where cuBLAS holds workspaces in this one, PyTorch keeps it
+            # and, because no recording uses it any more, refuses it to others.
             self._recordings.clear()
             self._pool = None
             self._sides = [memory.in_precision(self.dtype).clone() for _ in range(2)]

@@ -132,6 +132,7 @@ def test_a_frame_that_cannot_be_recorded_goes_on_without_graphs(monkeypatch, cap
     with caplog.at_level(logging.WARNING, logger="mmdet3d.models.detectors.frame_runner"):
         results, _ = run(runner, samples, "cuda")
     assert not runner.graphs and "could not be recorded" in caplog.text
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert_equal(results, expected)
 
 
