@@ -1,5 +1,6 @@
 """Detectors."""
 
-from .stcocc import Prediction, STCOcc
+from .prediction import Prediction
+from .stcocc import STCOcc
 
 __all__ = ["Prediction", "STCOcc"]

@@ -6,19 +6,18 @@ Liao et al., CVPR 2025, arXiv 2504.19749.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmdet3d.models.attention.backward_projection import StageSetup
 from mmdet3d.models.attention.occupancy_predictor import occupied_probability
 from mmdet3d.models.detectors.base import BaseDetector
 from mmdet3d.models.detectors.consistency import check_consistency
 from mmdet3d.models.detectors.frame_meta import FrameMeta
 from mmdet3d.models.detectors.frame_plan import FramePlan, matrices_on_host, stage_geometry
 from mmdet3d.models.detectors.memory_check import MemoryLayout, check_memory
+from mmdet3d.models.detectors.prediction import Prediction, Prepared
 from mmdet3d.models.detectors.stage_configs import stage_configs
 from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
@@ -31,32 +30,6 @@ from mmdet3d.utils.beside import Beside
 from mmdet3d.utils.files import prediction_path, save_prediction
 from mmdet3d.utils.memory_format import use_channels_last
 from mmdet3d.utils.transfer import to_numpy
-
-
-class Prepared(NamedTuple):
-    """``setup`` of the backward projection and ``warped`` history of the temporal fusion, of one stage."""
-
-    setup: StageSetup | None = None
-    history: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Everything a forward pass yields.
-
-    Attributes:
-        semantic_logits: [B, X, Y, Z, K] at full resolution.
-        flow: [B, X, Y, Z, 2] m/s before background voxels are zeroed; None without a flow head.
-        stage_logits: Finest stage first, each [B, X_s, Y_s, Z_s, K].
-        volume: [B, C, Z, Y, X] fused volume of the finest stage, the heads' input.
-        memory: What to hand to the next frame.
-    """
-
-    semantic_logits: Tensor
-    flow: Tensor | None
-    stage_logits: tuple[Tensor, ...]
-    volume: Tensor
-    memory: TemporalMemory | None
 
 
 @DETECTORS.register_module()
