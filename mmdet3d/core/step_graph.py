@@ -25,7 +25,7 @@ from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.registry import ConfigError
 from mmdet3d.structures import TemporalMemory
 from mmdet3d.utils.precision import PRECISIONS
-from mmdet3d.utils.recording import end_recording, generator_kept, on_device, reason
+from mmdet3d.utils.recording import end_recording, on_device, reason, state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ class StepGraph:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with generator_kept(), self._beside():
+        with state_kept(), self._beside():
             with torch.cuda.graph(graphs[0], **options):
                 loss, names, values, _ = self._forward(fixed.images, fixed.targets, fixed.plan, memory)
             self._place_gradients()

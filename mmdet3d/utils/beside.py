@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import heapq
-import itertools
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -13,12 +10,16 @@ import torch
 
 Result = TypeVar("Result")
 
-#: Heaps of streams that no work uses, with their numbers, by the stream that is being recorded. They are kept, and the
-#: first one is taken, because cuBLAS holds a workspace for each stream that ever ran a matrix product (32 MiB on an
-#: H200). They are not shared between recorded streams, because recordings may be replayed at the same time and must
-#: not write to one workspace (as far as PyTorch gives out different streams: it has 32 for each GPU).
-_IDLE: defaultdict[int, list[tuple[int, torch.cuda.Stream]]] = defaultdict(list)
-_NUMBERS = itertools.count()
+
+@functools.cache
+def _side_stream(recorded: int, lane: int) -> torch.cuda.Stream:
+    """The stream of a lane next to the stream with the handle ``recorded``.
+
+    It is kept, because cuBLAS holds a workspace for each stream that ever ran a matrix product (32 MiB on an H200).
+    Other recorded streams have others, because recordings may be replayed at the same time and must not write to one
+    workspace (as far as PyTorch gives out different streams: it has 32 for each GPU).
+    """
+    return torch.cuda.Stream()
 
 
 class Beside(Generic[Result]):
@@ -32,16 +33,15 @@ class Beside(Generic[Result]):
 
     Args:
         work: Launches kernels on the current stream.
+        lane: Works of one lane follow one another; those that shall run next to each other need different ones.
     """
 
-    def __init__(self, work: Callable[[], Result]) -> None:
+    def __init__(self, work: Callable[[], Result], lane: int = 0) -> None:
         self._work = functools.cache(work)  # once, whenever that is
         self._stream: torch.cuda.Stream | None = None
         if self.possible():
             current = torch.cuda.current_stream()
-            self._idle = _IDLE[current.cuda_stream]
-            self._number, self._stream = (heapq.heappop(self._idle) if self._idle
-                                          else (next(_NUMBERS), torch.cuda.Stream()))
+            self._stream = _side_stream(current.cuda_stream, lane)
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 self._work()
@@ -56,6 +56,5 @@ class Beside(Generic[Result]):
         """The result, for the current stream."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-            heapq.heappush(self._idle, (self._number, self._stream))
             self._stream = None
         return self._work()

@@ -15,15 +15,16 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 
 @contextmanager
-def generator_kept() -> Iterator[None]:
-    """A recording that fails leaves torch's generator as one that records; this puts the former one back.
+def state_kept() -> Iterator[None]:
+    """A recording that fails leaves its stream as the current one, and torch's generator as one that records.
 
-    For the current GPU.
+    This puts the former ones back, for the current GPU.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     before = generator.clone_state()
     try:
-        yield
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            yield
     except BaseException:
         generator.graphsafe_set_state(before)
         raise

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mmdet3d.utils import beside
-from mmdet3d.utils.beside import Beside
+from mmdet3d.utils.beside import Beside, _side_stream
 
 
 @pytest.fixture(autouse=True)
-def no_streams_of_others(monkeypatch):
-    monkeypatch.setattr(beside, "_IDLE", type(beside._IDLE)(list))
+def no_streams_of_others():
+    _side_stream.cache_clear()
+    yield
+    _side_stream.cache_clear()
 
 
 def test_without_a_recording_the_work_is_done_once_when_it_is_asked_for():
@@ -62,7 +63,7 @@ class _Stream:
 
 def begun_and_asked_for(cuda):
     """Two works next to each other and, after them, a third one, as in a frame."""
-    first, second = (Beside(lambda name=name: cuda.work(name)) for name in ("first", "second"))
+    first, second = (Beside(lambda name=name: cuda.work(name), lane) for lane, name in enumerate(("first", "second")))
     cuda.work("main")
     assert first.get() == "first" and second.get() == "second" and first.get() == "first"
     assert Beside(lambda: cuda.work("third")).get() == "third"
@@ -103,7 +104,7 @@ def record(stream: torch.cuda.Stream, x: torch.Tensor) -> tuple[torch.cuda.CUDAG
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream), torch.no_grad():
-        first, second = Beside(lambda: square(1.0)), Beside(lambda: square(2.0))
+        first, second = Beside(lambda: square(1.0)), Beside(lambda: square(2.0), lane=1)
         plain = square(4.0)
         total = plain + first.get() + second.get()
         third = Beside(lambda: square(8.0))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.structures import TemporalMemory
-from mmdet3d.utils.recording import end_recording, generator_kept, on_device, reason
+from mmdet3d.utils.recording import end_recording, on_device, reason, state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +178,7 @@ class FrameRunner:
         recording = self._recordings.get((kind, self._side))
         if recording is None:
             try:
-                with torch.cuda.stream(torch.cuda.current_stream()):  # a recording that fails leaves its own as current
-                    recording = self._record(images, plan)
+                recording = self._record(images, plan)
             except RuntimeError as error:
                 logger.warning("CUDA graphs are off, because a frame could not be recorded: %s", reason(error))
                 self._give_up()
@@ -223,7 +222,7 @@ class FrameRunner:
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         torch.cuda.synchronize()
         network = self.model.forward_projection
-        with generator_kept():
+        with state_kept():
             if network.newest_alone(plan.reuse):
                 first = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(first, **options), self._arithmetic():

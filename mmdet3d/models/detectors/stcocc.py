@@ -185,7 +185,7 @@ class STCOcc(BaseDetector):
         targets, prepared = None, None
         if Beside.possible() and memory is not None and not any(plan.meta.starts):
             targets = Beside(lambda: self.forward_projection.img_view_transformer.pool_targets(plan.lifts))
-            prepared = Beside(lambda: self._prepare(plan, memory, histories_out))
+            prepared = Beside(lambda: self._prepare(plan, memory, histories_out), lane=1)
         features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest, targets)
         return self.cascade(features, plan, memory, histories_out, prepared and prepared.get()), features
 
