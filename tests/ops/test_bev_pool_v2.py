@@ -5,12 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from compiled_library import needs_library
 
 from mmdet3d.ops import PoolOrder, bev_pool_v2, bev_pool_v2_reference, bev_pool_v2_stacked, sort_by_cell
-from mmdet3d.ops._library import AVAILABLE
 
 GRID = (2, 3, 4)  # (Z, Y, X)
-needs_library = pytest.mark.skipif(not AVAILABLE, reason="operators are not compiled")
 
 
 def make_case(device="cpu", dtype=torch.float64, *, sizes=(2, 3, 5, 2, 7, 6), grid=GRID, seed=0, outside=0.3):

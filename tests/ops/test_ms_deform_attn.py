@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_library import needs_library
 
 from mmdet3d.ops import ms_deform_attn, ms_deform_attn_reference
-from mmdet3d.ops._library import AVAILABLE
 
 LEVELS = [(3, 5), (2, 4)]  # (H, W)
-needs_library = pytest.mark.skipif(not AVAILABLE, reason="operators are not compiled")
 
 
 def make_case(device="cpu", dtype=torch.float64, *, sizes=(2, 7, 3, 4, 6), levels=LEVELS, seed=0, margin=0.3):

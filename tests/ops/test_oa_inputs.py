@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from compiled_library import needs_library
 
 from mmdet3d.ops import (
     DepthFit,
@@ -16,10 +17,8 @@ from mmdet3d.ops import (
     project_points,
     project_points_reference,
 )
-from mmdet3d.ops._library import AVAILABLE
 
 SIZE = (3, 5)  # (h, w)
-needs_library = pytest.mark.skipif(not AVAILABLE, reason="operators are not compiled")
 
 
 # ---- projection -----------------------------------------------------------------------------------------------------
