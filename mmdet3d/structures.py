@@ -1,4 +1,4 @@
-"""Shape contracts shared by all parts: the voxel grid, and what is remembered from frame to frame."""
+"""Shape contracts shared by all parts: the voxel grid, a batch of frames, and the memory from frame to frame."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+META_KEYS = ("sequence_group_idx", "start_of_sequence", "curr_to_prev_ego_rt", "can_bus", "lidar2img", "ego2lidar")
+"""Entries of ``img_metas`` that the model needs; ``noise_seed`` and ``image_keys`` are optional."""
+CAN_BUS_LENGTH = 18
 
 
 def _whole_steps(low: float, high: float, step: float) -> int | None:
@@ -85,6 +90,150 @@ class VoxelGrid:
         if any(n % factor for n in self.size_xyz):
             raise ValueError(f"cannot coarsen {self.size_xyz} (X, Y, Z) voxels by {factor}")
         return replace(self, cell=tuple(c * factor for c in self.cell))
+
+
+@dataclass(frozen=True)
+class CameraInputs:
+    """Images and cameras of a batch: N cameras at F frames, newest first. Matrices are on the CPU, where they are read.
+
+    Attributes:
+        images: [B, N, F, 3, H, W] on any device: normalised floats, or uint8 pixels (blue, green, red).
+        ego_from_sensor: [B, F, N, 4, 4].
+        global_from_ego: [B, F, N, 4, 4], of the ego at the time of each image.
+        intrinsics: [B, F, N, 4, 4] pinhole matrices of the original images, in pixels.
+        post_aug: [B, F, N, 4, 4] image augmentations.
+        bda: [B, 4, 4] BEV augmentation.
+    """
+
+    images: Tensor
+    ego_from_sensor: Tensor
+    global_from_ego: Tensor
+    intrinsics: Tensor
+    post_aug: Tensor
+    bda: Tensor
+
+    @classmethod
+    def from_img_inputs(cls, img_inputs: Sequence[Tensor], num_cams: int, num_frames: int,
+                        image_size: tuple[int, int] | None = None) -> CameraInputs:
+        """Name, check and unflatten the six tensors of mmdet-style batches; matrices come to the CPU.
+
+        Args:
+            img_inputs: images [B, N * F, 3, H, W] camera-major; sensor2ego, ego2global, intrinsics and post_aug
+                [B, F * N, 4, 4] frame-major; bda [B, 4, 4].
+            num_cams: N.
+            num_frames: F.
+            image_size: (H, W) that the images must have; None for any.
+
+        Raises:
+            ValueError: these are not six tensors, one does not hold N * F entries, the tensors do not agree in B, or
+                the images have another size.
+        """
+        if len(img_inputs) != 6:
+            raise ValueError("expected six img_inputs (images, sensor2ego, ego2global, intrinsics, post_aug, bda), got "
+                             f"{len(img_inputs)} img_inputs")
+        images, *matrices = img_inputs
+        batch, total = images.shape[0], num_cams * num_frames
+        if images.dim() != 5 or images.shape[1] != total:
+            raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, "
+                             f"3, H, W], got {tuple(images.shape)}")
+        if image_size is not None and images.shape[2:] != (3, *image_size):
+            raise ValueError(f"img_inputs[0] (images) must have 3 channels and the model's input_size (H, W) = "
+                             f"{tuple(image_size)}, got {tuple(images.shape)} [B, N * F, 3, H, W]")
+        names = ("sensor2ego", "ego2global", "intrinsics", "post_aug", "bda")
+        for position, (name, matrix) in enumerate(zip(names, matrices, strict=True), 1):
+            shape = (batch, 4, 4) if name == "bda" else (batch, total, 4, 4)
+            if matrix.shape != shape:
+                raise ValueError(f"img_inputs[{position}] ({name}) must be {shape}, got {tuple(matrix.shape)}")
+        *matrices, bda = _on_host(matrices)
+        return cls(images.unflatten(1, (num_cams, num_frames)),
+                   *(matrix.unflatten(1, (num_frames, num_cams)) for matrix in matrices), bda)
+
+
+def _on_host(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices on the CPU; those on a device come in one transfer, which waits for the device."""
+    matrices = list(matrices)
+    remote = [i for i, matrix in enumerate(matrices) if matrix.device.type != "cpu"]
+    if remote:
+        values = torch.cat([matrices[i].detach().flatten() for i in remote]).cpu()
+        for i, part in zip(remote, values.split([matrices[i].numel() for i in remote]), strict=True):
+            matrices[i] = part.view(matrices[i].shape).to(matrices[i].dtype)
+    return matrices
+
+
+@dataclass(frozen=True)
+class FrameMeta:
+    """Meta data of a batch, read from ``img_metas``; all tensors are on the CPU.
+
+    Attributes:
+        sequence_ids: B sequence numbers.
+        starts: Whether a sequence starts, per sample.
+        previous_ego_from_ego: [B, 4, 4] float32 current to previous ego.
+        ego_translation: [B, 3] float64 position in the global frame, metres.
+        yaw: [B] float64 heading in radians.
+        image_from_ego: [B, N, 4, 4] float32 ego to augmented pixels times depth.
+        noise_seeds: [B] int32 seeds of the flow head's noise in evaluation; None where samples bring no ``noise_seed``.
+        image_keys: For each sample, a key of the images of each frame, newest first, from ``image_keys``: equal keys
+            promise equal images after augmentation. None where samples bring none.
+    """
+
+    sequence_ids: tuple[int, ...]
+    starts: tuple[bool, ...]
+    previous_ego_from_ego: Tensor
+    ego_translation: Tensor
+    yaw: Tensor
+    image_from_ego: Tensor
+    noise_seeds: Tensor | None = None
+    image_keys: tuple[tuple[Hashable, ...], ...] | None = None
+
+    @classmethod
+    def from_metas(cls, img_metas: Sequence[Mapping], num_cams: int | None = None) -> FrameMeta:
+        """Stack the meta data of a batch; the dicts stay as they are.
+
+        Args:
+            img_metas: One dict per sample, with at least :data:`META_KEYS`.
+            num_cams: Cameras N; None takes any number that is the same for all samples.
+
+        Raises:
+            ValueError: there is no sample, a key is missing, a sequence number is negative, or a value has the wrong
+                shape.
+        """
+        if not img_metas:
+            raise ValueError("img_metas is empty; it needs one dict per sample")
+        for position, meta in enumerate(img_metas):
+            if missing := [key for key in META_KEYS if key not in meta]:
+                raise ValueError(f"img_metas[{position}] lacks {missing}; it has {sorted(meta)}")
+            if int(meta["sequence_group_idx"]) < 0:
+                raise ValueError(f"img_metas[{position}]: sequence_group_idx must not be negative, "
+                                 f"got {meta['sequence_group_idx']}")
+        can_bus = _stack(img_metas, "can_bus", [(CAN_BUS_LENGTH,)], torch.float64)
+        num_cams = len(img_metas[0]["lidar2img"]) if num_cams is None else num_cams
+        image_from_lidar = _stack(img_metas, "lidar2img", [(num_cams, 4, 4)])
+        lidar_from_ego = _stack(img_metas, "ego2lidar", [(1, 4, 4), (4, 4)])
+        with torch.autocast("cpu", enabled=False):  # half precision would move points by metres
+            image_from_ego = image_from_lidar @ lidar_from_ego  # [B, N, 4, 4] @ [B, 1, 4, 4]
+        seeds, keys = ([meta.get(name) for meta in img_metas] for name in ("noise_seed", "image_keys"))
+        return cls(
+            sequence_ids=tuple(int(meta["sequence_group_idx"]) for meta in img_metas),
+            starts=tuple(bool(meta["start_of_sequence"]) for meta in img_metas),
+            previous_ego_from_ego=_stack(img_metas, "curr_to_prev_ego_rt", [(4, 4)]),
+            ego_translation=can_bus[:, :3],
+            yaw=can_bus[:, -2],
+            image_from_ego=image_from_ego,
+            noise_seeds=None if None in seeds else torch.tensor([int(seed) for seed in seeds], dtype=torch.int32),
+            image_keys=None if any(key is None for key in keys) else tuple(map(tuple, keys)))
+
+
+def _stack(img_metas: Sequence[Mapping], key: str, shapes: Sequence[tuple[int, ...]],
+           dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, *shapes[0]] values of ``key`` on the CPU; each must have one of ``shapes``, all of the same number."""
+    values = []
+    for position, meta in enumerate(img_metas):
+        value = torch.as_tensor(np.asarray(meta[key]), dtype=dtype)
+        if tuple(value.shape) not in shapes:
+            raise ValueError(f"img_metas[{position}]: {key} must have the shape "
+                             f"{' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
+        values.append(value.reshape(shapes[0]))
+    return torch.stack(values)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mmdet3d.apis.benchmark import (
     time_training,
 )
 from mmdet3d.apis.inference import choose_device, init_model, load_config
-from mmdet3d.datasets.pipelines.device import normalise_on_device
+from mmdet3d.core.predictor import MODES, Predictor
 from mmdet3d.datasets.synthetic.stream import Drive
 from mmdet3d.utils.command import run_tool
 from mmdet3d.utils.files import write_json
@@ -46,24 +46,17 @@ def machine(device: torch.device) -> dict:
     return facts
 
 
-def time_with_loading(model: torch.nn.Module, cfg: dict, infos: str, workers: int, frames: int) -> dict:
+def time_with_loading(predictor: Predictor, cfg: dict, infos: str, workers: int, frames: int) -> dict:
     """Latency of a frame from the files on, loader and workers included."""
+    from mmdet3d.core.evaluation.samples import EvaluationSamples
     from mmdet3d.datasets.builder import build_dataset
     from mmdet3d.datasets.loader import build_dataloader
-    from mmdet3d.models.detectors.frame_runner import FrameRunner
 
-    dataset = build_dataset({**cfg["data"]["test"], "ann_file": infos})
-    for step in dataset.pipeline:
-        if hasattr(step, "ship_uint8"):
-            step.ship_uint8 = True
-    loader = build_dataloader(dataset, 1, workers, training=False)
-    device = next(model.parameters()).device
-    runner = FrameRunner(model, prepare=normalise_on_device)
+    samples = EvaluationSamples(build_dataset({**cfg["data"]["test"], "ann_file": infos}), None)
     memory, seconds, last = None, [], None
-    for batch in loader:
-        metas, inputs = batch["img_metas"][0], batch["img_inputs"][0]
-        *_, memory = runner(inputs, metas, None if metas[0]["start_of_sequence"] else memory)
-        synchronise(device)
+    for batch in build_dataloader(samples, 1, workers, training=False):
+        *_, memory = predictor(batch["img_inputs"], batch["img_metas"], memory)
+        synchronise(predictor.runner.device)
         now = time.perf_counter()
         if last is not None:
             seconds.append(now - last)
@@ -76,23 +69,21 @@ def time_with_loading(model: torch.nn.Module, cfg: dict, infos: str, workers: in
 def evaluation(args: argparse.Namespace, cfg: dict, device: torch.device) -> dict:
     """Frames: latency, throughput, memory, parts."""
     model = init_model(cfg, args.checkpoint, device)
-    if args.mode == "fast":
-        from mmdet3d.models.detectors.fast_mode import fast_copy
-
-        model = fast_copy(model)
+    predictor = Predictor(model, mode=args.mode, graphs=False if args.no_graphs else None, inplace=True)
     drive = Drive(tuple(cfg["data_config"]["input_size"]), args.batch)
     samples = drive_samples(drive, args.warmup + args.frames, device, reuse=not args.no_reuse)
-    record = time_frames(model, samples, warmup=args.warmup, graphs=False if args.no_graphs else None)
+    record = time_frames(predictor, samples, warmup=args.warmup)
     print(f"{args.mode}: {record['latency']['median_ms']:.2f} ms a frame "
           f"({record['latency']['p10_ms']:.2f} to {record['latency']['p90_ms']:.2f}), "
           f"{record['samples_per_second']:.1f} samples a second, peak memory {record['peak_gib']:.2f} GiB, "
           f"CUDA graphs {'on' if record['graphs'] else 'off'}", flush=True)
     if args.stages:
-        record["stages_ms"] = time_stages(model, samples[: min(len(samples), 20)])
+        eager = Predictor(predictor.model, graphs=False, inplace=True)
+        record["stages_ms"] = time_stages(eager, samples[: min(len(samples), 20)])
         for name, milliseconds in record["stages_ms"].items():
             print(f"  {name:<34}{milliseconds:>8.2f} ms")
     if args.infos:
-        record["with_loading"] = time_with_loading(model, cfg, args.infos, args.workers, args.frames)
+        record["with_loading"] = time_with_loading(predictor, cfg, args.infos, args.workers, args.frames)
         print(f"  with loading, {args.workers} workers: {record['with_loading']['median_ms']:.2f} ms a frame")
     return record
 
@@ -124,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", help="config file")
     parser.add_argument("--checkpoint", help="weights (default: random)")
     parser.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU if there is one)")
-    parser.add_argument("--mode", choices=("exact", "fast"), default="exact", help="arithmetic (default: exact)")
+    parser.add_argument("--mode", choices=MODES, default="exact", help="arithmetic (default: exact)")
     parser.add_argument("--batch", type=int, default=1, help="samples side by side in evaluation (default: 1)")
     parser.add_argument("--frames", type=int, default=50, help="frames or iterations that count (default: 50)")
     parser.add_argument("--warmup", type=int, default=10, help="those before that do not (default: 10)")

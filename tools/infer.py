@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
+    from mmdet3d.utils.command import add_predictor_options
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="config file of the model")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; default: random ones")
@@ -31,8 +33,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--infos", metavar="FILE", help="info pickle; default: the val part of data/synthetic-small")
     parser.add_argument("--out", metavar="DIR", default="outputs/infer", help="where to write (%(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a CUDA device if there is one")
+    add_predictor_options(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N frames")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the flow head (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of random weights and of the flow head's noise (%(default)s)")
     parser.add_argument("--no-picture", action="store_true", help="write predictions only")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -92,11 +96,12 @@ def synthetic_frames(folder: Path) -> Path:
 
 def run(args: argparse.Namespace) -> dict:
     """Predict all frames; the summary."""
-    import torch
     from tqdm import tqdm
 
-    from mmdet3d.apis.inference import FrameSettings, init_model, load_config, open_frames, predict
+    from mmdet3d.apis.inference import FrameSettings, init_model, load_config, open_frames
+    from mmdet3d.core.predictor import Predictor
     from mmdet3d.utils.files import prediction_path, save_prediction
+    from mmdet3d.utils.transfer import to_numpy
 
     out = Path(args.out)
     cfg = load_config(args.config)
@@ -109,17 +114,17 @@ def run(args: argparse.Namespace) -> dict:
     weights = f"weights: {Path(args.checkpoint).name}" if args.checkpoint else "RANDOM WEIGHTS: not a prediction"
     if model.random_weights:
         say("no --checkpoint: the weights are random, the results mean nothing")
-    device = str(next(model.parameters()).device)
+    predictor = Predictor(model, scene_start=args.scene_start, noise_seed=args.seed, mode=args.mode,
+                          fold=args.fuse_conv_bn, inplace=True)
     notes = [weights, Path(args.config).stem, settings.labels.name]
     records, memory = [], None
     for frame in tqdm(prefetch(frames, count), total=count, unit="frame", disable=not sys.stderr.isatty()):
         prediction = prediction_path(out, frame.scene, frame.token)
         index = frame.img_metas[0]["index"]
-        torch.manual_seed(args.seed + index)  # the flow head draws noise: each frame's depends on nothing but itself
         start = time.perf_counter()
-        result, memory = predict(model, frame, memory)
+        semantics, flow, memory = predictor(frame.img_inputs, frame.img_metas, memory)
+        semantics, flow = to_numpy(semantics[0], flow[0])
         seconds = time.perf_counter() - start
-        semantics, flow = result["occ_results"][0], result["flow_results"][0]
         save_prediction(prediction, semantics, flow)
         record = {"index": int(index), "scene": frame.scene, "token": frame.token, "prediction": str(prediction),
                   "seconds": round(seconds, 4), "occupied_voxels": int((semantics != settings.labels.free_index).sum())}
@@ -130,7 +135,8 @@ def run(args: argparse.Namespace) -> dict:
         say(record.get("picture", record["prediction"]))
         records.append(record)
     return {"config": args.config, "checkpoint": args.checkpoint, "averaged": args.averaged,
-            "random_weights": model.random_weights, "infos": str(info_file), "device": device, "seed": args.seed,
+            "random_weights": model.random_weights, "infos": str(info_file), "device": str(predictor.runner.device),
+            "seed": args.seed, "scene_start": args.scene_start, "mode": args.mode, "fuse_conv_bn": args.fuse_conv_bn,
             "dataset_name": settings.labels.name, "frames": records}
 
 

@@ -21,6 +21,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     from mmcv import DictAction
 
+    from mmdet3d.utils.command import add_predictor_options
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", help="file with the weights")
@@ -31,11 +33,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", help="also write every prediction to DIR/<scene>/<token>.npz")
     parser.add_argument("--format-only", action="store_true",
                         help="write predictions (--out, default: results) without comparing them with anything")
-    parser.add_argument("--fuse-conv-bn", action="store_true",
-                        help="fold batch normalisation into convolutions: faster, equal up to rounding")
-    parser.add_argument("--mode", choices=("exact", "fast"), default="exact",
-                        help="fast: convolutions and linear layers in float16, batch normalisation folded; "
-                             "docs/benchmarks.md says what that changes (%(default)s)")
+    starts = add_predictor_options(parser)
+    starts.add_argument("--carry-over", action="store_const", dest="scene_start", const="carried",
+                        help="the same as --scene-start carried")
     parser.add_argument("--samples-per-gpu", type=int, metavar="N",
                         help="batch size of a process; default: data.test_dataloader of the config, else 1. The "
                              "published model mixes the samples of a batch, so that results depend on it")
@@ -43,9 +43,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--order", choices=("exact", "published"), default="exact",
                         help="exact: every sample once; published: order and collection of the reference, in which "
                              "samples come twice or never (%(default)s)")
-    parser.add_argument("--carry-over", action="store_true",
-                        help="let a scene begin with the memory of the scene before, as the reference does; its first "
-                             "frames then depend on how scenes are shared out")
     parser.add_argument("--noise", choices=("sample", "generator"), default="sample",
                         help="where the flow head's noise comes from: a hash of --seed and the sample, or torch's "
                              "generator as in the reference (%(default)s)")
@@ -111,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and report; 0."""
     import torch
 
-    from mmdet3d.apis.inference import choose_device, load_config
-    from mmdet3d.apis.test import evaluate_model, evaluation_record, load_test_model, write_record
+    from mmdet3d.apis.inference import choose_device, init_model, load_config
+    from mmdet3d.apis.test import evaluate_model, evaluation_record, write_record
     from mmdet3d.apis.train import set_random_seed, work_dir_of
     from mmdet3d.core.parallel import init_distributed
     from mmdet3d.datasets.samplers.sequence import distributed_place
@@ -132,13 +129,11 @@ def run(args: argparse.Namespace) -> int:
     set_random_seed(args.seed, args.deterministic)
     torch.backends.cudnn.benchmark = bool(cfg.get("cudnn_benchmark")) and not args.deterministic
     options = _options(args, cfg)
-    model = load_test_model(cfg, args.checkpoint, device, averaged=args.averaged, fuse_conv_bn=args.fuse_conv_bn,
-                            fast=args.mode == "fast", allow_unsafe=args.allow_unsafe_checkpoint)
+    model = init_model(cfg, args.checkpoint, device, averaged=args.averaged, allow_unsafe=args.allow_unsafe_checkpoint)
     evaluation = evaluate_model(cfg, model, options)
     if rank == 0:
         record = evaluation_record(evaluation, config=args.config, checkpoint=args.checkpoint, averaged=args.averaged,
-                                   seed=args.seed, fuse_conv_bn=args.fuse_conv_bn, mode=args.mode,
-                                   deterministic=args.deterministic, device=torch.device(device).type)
+                                   seed=args.seed, deterministic=args.deterministic, device=torch.device(device).type)
         report(evaluation, write_record(work_dir_of(cfg, args.work_dir) / "results.json", record))
     return 0
 
@@ -151,9 +146,9 @@ def _options(args: argparse.Namespace, cfg):
     given = {name: getattr(args, name) for name in loader if getattr(args, name) is not None}
     saves = cfg.get("model", {}).get("save_results", False)
     return EvaluatorOptions(
-        **{**loader, **given}, order=args.order, carry_over=args.carry_over, pairing=args.pairing, scenes=args.scenes,
+        **{**loader, **given}, order=args.order, scene_start=args.scene_start, pairing=args.pairing, scenes=args.scenes,
         cache=args.cache, score=not args.format_only, out=args.out or ("results" if saves else None),
-        noise_seed=args.seed if args.noise == "sample" else None)
+        noise_seed=args.seed if args.noise == "sample" else None, mode=args.mode, fold=args.fuse_conv_bn)
 
 
 def report(evaluation, path: Path) -> None:
@@ -173,8 +168,8 @@ def report(evaluation, path: Path) -> None:
             print(f"NOT ALL SAMPLES: {len(summary.missing)} were left out by --order published")
     rate = evaluation.samples / max(evaluation.seconds, 1e-9)
     print(f"{evaluation.samples} samples in {evaluation.seconds:.1f} s ({rate:.2f} a second), "
-          f"{evaluation.world_size} processes x batch {options.samples_per_gpu}; order: {options.order}; memory at the "
-          f"start of a scene: {'that of the scene before' if options.carry_over else 'none'}; noise: "
+          f"{evaluation.world_size} processes x batch {options.samples_per_gpu}; order: {options.order}; start of "
+          f"a scene: {options.scene_start}; noise: "
           f"{'by torch' if options.noise_seed is None else f'by sample, seed {options.noise_seed}'}")
     if options.out is not None:
         print(f"predictions: {options.out}")

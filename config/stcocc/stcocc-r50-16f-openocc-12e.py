@@ -36,7 +36,8 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type="PrepareImageInputs", is_train=True, data_config={{_base_.data_config}}, sequential=True),
+    dict(type="PrepareImageInputs", is_train=True, data_config={{_base_.data_config}},
+         sequential=True, ship_uint8=True),
     dict(type="LoadAnnotations"),
     dict(type="LoadOccGTFromFileOpenOcc", scale_1_2=True, scale_1_4=True, scale_1_8=True),
     dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=True),
@@ -47,7 +48,8 @@ train_pipeline = [
                                  "voxel_semantics_1_4", "voxel_semantics_1_8", "voxel_flows"]),
 ]
 test_pipeline = [
-    dict(type="PrepareImageInputs", is_train=False, data_config={{_base_.data_config}}, sequential=True),
+    dict(type="PrepareImageInputs", is_train=False, data_config={{_base_.data_config}},
+         sequential=True, ship_uint8=True),
     dict(type="LoadAnnotations"),
     dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=False),
     {{_base_.load_points}},

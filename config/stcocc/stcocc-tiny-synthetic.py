@@ -101,7 +101,7 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type="PrepareImageInputs", is_train=True, data_config=data_config, sequential=True),
+    dict(type="PrepareImageInputs", is_train=True, data_config=data_config, sequential=True, ship_uint8=True),
     dict(type="LoadOccGTFromFileOpenOcc", scale_1_2=True, scale_1_4=True, compute_scales=True, coarsen=coarsen),
     dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=True),
     {{_base_.load_points}},
@@ -111,7 +111,7 @@ train_pipeline = [
                                  "voxel_semantics_1_4", "voxel_flows"]),
 ]
 test_pipeline = [
-    dict(type="PrepareImageInputs", is_train=False, data_config=data_config, sequential=True),
+    dict(type="PrepareImageInputs", is_train=False, data_config=data_config, sequential=True, ship_uint8=True),
     dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=False),
     dict(type="MultiScaleFlipAug3D", img_scale=(1333, 800), pts_scale_ratio=1, flip=False, transforms=[
         dict(type="DefaultFormatBundle3D", class_names={{_base_.class_names}}, with_label=False),

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet3d.core.step_graph import EAGER_STEPS, StepGraph
-from mmdet3d.datasets.pipelines.device import normalise_on_device
+from mmdet3d.core.cuda_graphs.engine import EAGER_CALLS
+from mmdet3d.core.cuda_graphs.steps import StepGraph
+from mmdet3d.core.predictor import Predictor
 from mmdet3d.datasets.synthetic.stream import Drive
-from mmdet3d.models.detectors.frame_runner import FrameRunner
 
 GIB = 2**30
 
@@ -68,8 +68,8 @@ def drive_samples(drive: Drive, count: int, device: torch.device, reuse: bool = 
     return samples
 
 
-def time_frames(model: nn.Module, samples: Sequence[tuple[Sequence[Tensor], Sequence[Mapping]]], *, warmup: int = 8,
-                graphs: bool | None = None) -> dict[str, Any]:
+def time_frames(predictor: Predictor, samples: Sequence[tuple[Sequence[Tensor], Sequence[Mapping]]], *, warmup: int = 8
+                ) -> dict[str, Any]:
     """Latency and throughput of evaluation, frame after frame of one sequence.
 
     The latency of a frame is the wall time from the samples in (page-locked) host memory to the finished prediction on
@@ -77,40 +77,39 @@ def time_frames(model: nn.Module, samples: Sequence[tuple[Sequence[Tensor], Sequ
     ahead of the device.
 
     Args:
-        model: Detector in evaluation mode.
+        predictor: What is timed.
         samples: Consecutive samples, the first one starts a sequence.
         warmup: Samples at the beginning that do not count.
-        graphs: See :class:`FrameRunner`.
     """
-    device = next(model.parameters()).device
-    runner = FrameRunner(model, graphs=graphs, prepare=normalise_on_device)
+    device = predictor.runner.device
     memory, seconds = None, []
     for inputs, metas in samples[:warmup]:
-        *_, memory = runner(inputs, metas, memory)
+        *_, memory = predictor(inputs, metas, memory)
     with peak_memory(device) as peak:
         for inputs, metas in samples[warmup:]:
             synchronise(device)
             start = time.perf_counter()
-            *_, memory = runner(inputs, metas, memory)
+            *_, memory = predictor(inputs, metas, memory)
             synchronise(device)
             seconds.append(time.perf_counter() - start)
     # Once more without waiting in between, from the memory of the middle of the drive.
     memory = None
     for inputs, metas in samples[:warmup]:
-        *_, memory = runner(inputs, metas, memory)
+        *_, memory = predictor(inputs, metas, memory)
     synchronise(device)
     start = time.perf_counter()
     for inputs, metas in samples[warmup:]:
-        *_, memory = runner(inputs, metas, memory)
+        *_, memory = predictor(inputs, metas, memory)
     synchronise(device)
     rate = len(seconds) * len(samples[0][1]) / (time.perf_counter() - start)
-    return {"latency": spread(seconds), "samples_per_second": rate, "peak_gib": peak["gib"], "graphs": runner.graphs}
+    return {"latency": spread(seconds), "samples_per_second": rate, "peak_gib": peak["gib"],
+            "graphs": predictor.runner.graphs}
 
 
-def time_stages(model: nn.Module, samples: Sequence[tuple[Sequence[Tensor], Sequence[Mapping]]], *, warmup: int = 4
+def time_stages(predictor: Predictor, samples: Sequence[tuple[Sequence[Tensor], Sequence[Mapping]]], *, warmup: int = 4
                 ) -> dict[str, float]:
-    """Milliseconds a frame in the parts of the network, each waited for, without graphs."""
-    device = next(model.parameters()).device
+    """Milliseconds a frame in the parts of the network, each waited for; the predictor must do without graphs."""
+    device = predictor.runner.device
     totals: dict[str, float] = defaultdict(float)
     running: dict[str, float] = {}
 
@@ -126,15 +125,14 @@ def time_stages(model: nn.Module, samples: Sequence[tuple[Sequence[Tensor], Sequ
             totals[name] += time.perf_counter() - running[name]
         return hook
 
-    hooks = [hook for name, module in stage_modules(model).items()
+    hooks = [hook for name, module in stage_modules(predictor.model).items()
              for hook in (module.register_forward_pre_hook(begin(name)), module.register_forward_hook(end(name)))]
-    runner = FrameRunner(model, graphs=False, prepare=normalise_on_device)
     memory = None
     try:
         for position, (inputs, metas) in enumerate(samples):
             if position == warmup:
                 totals.clear()
-            *_, memory = runner(inputs, metas, memory)
+            *_, memory = predictor(inputs, metas, memory)
     finally:
         for hook in hooks:
             hook.remove()
@@ -170,7 +168,7 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
             each side.
         bf16: Mixed precision.
         max_norm: Of clipping.
-        graphs: Replay CUDA graphs, see :class:`mmdet3d.core.step_graph.StepGraph`.
+        graphs: Replay CUDA graphs, see :class:`mmdet3d.core.cuda_graphs.steps.StepGraph`.
     """
     device = next(model.parameters()).device
     grid = model.grids[0].size_xyz
@@ -181,7 +179,7 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
     model.train()
     model.reset_memory()
     replayed = StepGraph(model, "bf16" if bf16 else "fp32") if graphs else None
-    warmup = max(warmup, EAGER_STEPS + 3) if graphs else warmup
+    warmup = max(warmup, EAGER_CALLS + 3) if graphs else warmup
     samples = [drive.sample(index) for index in range(warmup + iterations)]
     seconds, losses = [], []
     with peak_memory(device) as peak:
@@ -189,7 +187,7 @@ def time_training(model: nn.Module, drive: Drive, *, iterations: int = 20, warmu
             images = inputs[0].to(device)  # not before, so that the memory is that of one iteration
             synchronise(device)
             start = time.perf_counter()
-            batch = {"img_inputs": [normalise_on_device(images), *inputs[1:]], "img_metas": metas, **targets}
+            batch = {"img_inputs": [images, *inputs[1:]], "img_metas": metas, **targets}
             if replayed is not None:
                 outputs = replayed.step(batch)
             else:

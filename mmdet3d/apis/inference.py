@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmcv import Config
-from torch import nn
+from torch import Tensor, nn
 
+from mmdet3d.core.predictor import Predictor
 from mmdet3d.datasets.infos import adjacent_offsets, load_infos
 from mmdet3d.datasets.labels import LabelSet, label_set, label_set_for
 from mmdet3d.datasets.pipelines.format import Frame, FrameSource
+from mmdet3d.models.detectors.prediction import result_dict
 from mmdet3d.utils.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -111,7 +114,7 @@ def load_config(config: str | os.PathLike | Config) -> Config:
 
 def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike | None = None,
                device: str | torch.device | None = None, *, seed: int = 0, averaged: bool = False,
-               allow_unsafe: bool = False, fold: bool = True) -> nn.Module:
+               allow_unsafe: bool = False) -> nn.Module:
     """Build the model of a config and load its weights.
 
     Args:
@@ -122,8 +125,6 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
         seed: Of the random weights. The global random state stays as it was.
         averaged: Take the averaged weights that the checkpoint of a training holds.
         allow_unsafe: Read a checkpoint that could run code when it is read.
-        fold: Fold the batch norms into the convolutions, see :func:`fold_batch_norm`: faster, the same values but for
-            rounding. False keeps the names of the published state dict.
 
     Returns:
         The model in evaluation mode, with the config in ``model.cfg``.
@@ -135,7 +136,6 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
     """
     from mmdet3d.models import build_model
     from mmdet3d.utils.checkpoint import load_checkpoint
-    from mmdet3d.utils.fold_batch_norm import fold_batch_norm
 
     device = choose_device(device)
     if device.type == "cpu":
@@ -151,8 +151,6 @@ def init_model(config: str | os.PathLike | Config, checkpoint: str | os.PathLike
         logger.log(logging.WARNING if report.nonfinite else logging.INFO, report.summary())
     model.cfg = cfg
     model.random_weights = checkpoint is None
-    if fold:
-        fold_batch_norm(model, inplace=True)
     return model.to(device).eval()
 
 
@@ -174,7 +172,9 @@ def open_frames(model_or_config: nn.Module | Mapping, info_file: str | os.PathLi
 
 def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]], memory: Any = None
             ) -> tuple[dict[str, Any], Any]:
-    """Occupancy and flow of one frame.
+    """Predict occupancy and flow of one frame, as ``tools/test.py`` does with its default options.
+
+    For other options, or to keep results on the GPU, make a :class:`~mmdet3d.core.predictor.Predictor`.
 
     Args:
         model: Model of :func:`init_model`.
@@ -188,20 +188,29 @@ def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]],
         indices.
     """
     img_inputs, img_metas = (frame.img_inputs, frame.img_metas) if isinstance(frame, Frame) else frame
-    device = next(model.parameters()).device
-    if device.type != "cuda" or not hasattr(model, "compute"):  # a detector without a frame plan of its own
-        images, *matrices = img_inputs
-        with torch.inference_mode():
-            return model.predict([images.to(device), *matrices], img_metas, memory)
-    semantics, flow, memory = _runner(model)(img_inputs, img_metas, memory)
-    return model.result_dict(semantics, flow, img_metas), memory
+    semantics, flow, memory = _predictor_of(model)(img_inputs, img_metas, memory)
+    return result_dict(semantics, flow, [meta.get("index") for meta in img_metas]), memory
 
 
-def _runner(model: nn.Module) -> Any:
-    """The model's runner, made at its first frame, and again after it moved to another device."""
-    from mmdet3d.models.detectors.frame_runner import FrameRunner
+class _Cached(NamedTuple):
+    """The predictor of a model, and the state of the model's tensors when it was made."""
 
-    runner = getattr(model, "frame_runner", None)
-    if runner is None or runner.model is not model or runner.device != next(model.parameters()).device:
-        runner = model.frame_runner = FrameRunner(model)
-    return runner
+    predictor: Predictor
+    tensors: list[Tensor]
+    state: tuple
+
+
+_predictors: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
+
+
+def _predictor_of(model: nn.Module) -> Predictor:
+    """The predictor of a model; made anew where the model has moved or its weights were changed in place."""
+    cached = _predictors.get(model)
+    if cached is None or cached.state != _state(cached.tensors):
+        tensors = [*model.parameters(), *model.buffers()]
+        cached = _predictors[model] = _Cached(Predictor(model), tensors, _state(tensors))
+    return cached.predictor
+
+
+def _state(tensors: Sequence[Tensor]) -> tuple:
+    return tensors[0].device, sum(tensor._version for tensor in tensors)

@@ -17,37 +17,12 @@ from mmcv import Config
 from torch import nn
 
 import mmdet3d
-from mmdet3d.apis.inference import init_model
 from mmdet3d.core.evaluation import Evaluation, Evaluator, EvaluatorOptions
 from mmdet3d.core.evaluation.settings import evaluation_settings, loader_settings
 from mmdet3d.datasets import build_dataset
-from mmdet3d.models.detectors.fast_mode import fast_copy
 from mmdet3d.utils.files import write_json
 
 logger = logging.getLogger(__name__)
-
-
-def load_test_model(cfg: Config, checkpoint: str | os.PathLike, device: torch.device | str, *,
-                    averaged: bool = False, fuse_conv_bn: bool = False, fast: bool = False, allow_unsafe: bool = False
-                    ) -> nn.Module:
-    """The model of a config with the weights of a checkpoint, for evaluation.
-
-    Args:
-        cfg: Config.
-        checkpoint: File with the weights, all of them.
-        device: Where the model goes.
-        averaged: Take the averaged weights that the checkpoint of a training holds.
-        fuse_conv_bn: Fold batch normalisation into the convolutions before it; the results differ by rounding.
-        fast: Half precision, see :func:`~mmdet3d.models.detectors.fast_mode.fast_copy`.
-        allow_unsafe: Read a checkpoint that could run code when it is read.
-
-    Raises:
-        ConfigError: the config does not describe a model.
-        CheckpointError: the checkpoint cannot be read or does not fit the model.
-    """
-    model = init_model(cfg, checkpoint, device, averaged=averaged, allow_unsafe=allow_unsafe,
-                       fold=fuse_conv_bn or fast)
-    return fast_copy(model) if fast else model
 
 
 def evaluate_model(cfg: Config, model: nn.Module, options: EvaluatorOptions) -> Evaluation:

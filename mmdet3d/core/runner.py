@@ -13,9 +13,9 @@ from mmcv.runner.utils import get_host_info
 from torch.utils.data import DataLoader
 
 from mmdet3d.core.checkpointing import between_steps, resume_training_state, save_training_state
+from mmdet3d.core.cuda_graphs.steps import StepGraph
 from mmdet3d.core.hooks.builder import build_hook
 from mmdet3d.core.interrupt import StopRequest, TrainingInterrupted
-from mmdet3d.core.step_graph import StepGraph
 from mmdet3d.datasets.loader import to_device
 from mmdet3d.registry import ConfigError, check_keys
 from mmdet3d.utils.compat import BoundedLogBuffer
@@ -39,7 +39,7 @@ class TrainRunner(IterBasedRunner):
             optimizer and losses stay in float32.
         train_sampler: Sampler of the loader that :meth:`run` will be given; its position is saved and restored.
         cuda_graphs: Replay CUDA graphs in iterations in which no sequence starts, see
-            :class:`mmdet3d.core.step_graph.StepGraph`: in a single process, on a GPU, without accumulation of
+            :class:`mmdet3d.core.cuda_graphs.steps.StepGraph`: in a single process, on a GPU, without accumulation of
             gradients.
 
     Attributes:

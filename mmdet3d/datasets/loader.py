@@ -16,7 +16,6 @@ from mmcv.parallel import DataContainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mmdet3d.datasets.pipelines.device import normalise_batch
 from mmdet3d.datasets.samplers.sequence import TrainSequenceSampler, build_batch_sampler, distributed_place
 
 ORDERS = ("exact", "published")
@@ -181,20 +180,15 @@ def _collate_entry(name: str, values: list[Any]) -> Any:
 
 
 def to_device(batch: MutableMapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """A batch of :func:`collate` where the model takes it; ``batch`` stays as it is.
+    """A batch of :func:`collate` where training takes it; ``batch`` stays as it is.
 
-    Images and targets go to ``device`` without waiting for the copy, and images that travelled as bytes become
-    normalised floats there. The small matrices ``img_inputs[1:]`` and :data:`ON_THE_HOST` stay on the CPU: the model
-    multiplies matrices there and uploads the products.
+    Images and targets go to ``device`` without waiting for the copy. The small matrices of ``img_inputs`` and
+    :data:`ON_THE_HOST` stay on the CPU: the model multiplies matrices there and uploads the products.
     """
-    moved = {key: value if key in ON_THE_HOST or key == "img_inputs" else _move(value, device)
-             for key, value in batch.items()}
-    inputs = batch["img_inputs"]
-    if isinstance(inputs[0], Tensor):
-        moved["img_inputs"] = [inputs[0].to(device, non_blocking=True), *inputs[1:]]
-    else:
-        moved["img_inputs"] = [[images.to(device, non_blocking=True), *rest] for images, *rest in inputs]
-    return dict(normalise_batch(moved))
+    images, *matrices = batch["img_inputs"]
+    moved = {key: value if key in ON_THE_HOST else _move(value, device) for key, value in batch.items()
+             if key != "img_inputs"}
+    return {**moved, "img_inputs": [images.to(device, non_blocking=True), *matrices]}
 
 
 def _move(value: Any, device: torch.device | str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -37,3 +38,22 @@ def run_tool(action: Callable[[], int | None], *, debug: bool = False, failure: 
             raise
         sys.stderr.write(f"{who}{error_line(error)}\n")
         return failure
+
+
+def add_predictor_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add the options of :class:`~mmdet3d.core.predictor.Predictor` that every predicting tool has.
+
+    Returns:
+        The group of ``--scene-start``, for other spellings of the same choice.
+    """
+    parser.add_argument("--mode", choices=("exact", "fast"), default="exact",
+                        help="fast: convolutions and linear layers in float16; docs/benchmarks.md says what that "
+                             "changes (%(default)s)")
+    parser.add_argument("--fuse-conv-bn", action=argparse.BooleanOptionalAction, default=True,
+                        help="fold batch normalisation into convolutions: faster, equal up to rounding")
+    starts = parser.add_mutually_exclusive_group()
+    starts.add_argument("--scene-start", choices=("primed", "none", "carried"), default="primed",
+                        help="memory at the first frame of a scene: that frame's own, from a run of it without memory; "
+                             "none; or that of the scene before, as the reference has it. docs/testing.md compares "
+                             "them (%(default)s)")
+    return starts

@@ -2,8 +2,8 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from mmcv import Config
@@ -33,12 +33,15 @@ class Stub(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.rand(3))
 
-    def predict(self, img_inputs, img_metas, memory):
-        assert torch.is_inference_mode_enabled() and not self.training
+    def run(self, img_inputs, img_metas, memory):
+        assert not torch.is_grad_enabled() and not self.training
         assert img_inputs[0].device == self.weight.device
-        count = 1 if memory is None or img_metas[0]["start_of_sequence"] else memory + 1
-        return {"occ_results": np.full((1, 12, 10, 4), count, np.uint8),
-                "flow_results": np.zeros((1, 12, 10, 4, 2), np.float16), "index": [img_metas[0]["index"]]}, count
+        count = 1 if memory is None or img_metas[0]["start_of_sequence"] else memory.count + 1
+        return SimpleNamespace(memory=SimpleNamespace(count=count, batch_size=1)), None
+
+    def decode(self, prediction):
+        grid = torch.full((1, 12, 10, 4), prediction.memory.count, dtype=torch.uint8)
+        return grid, torch.zeros(*grid.shape, 2, dtype=torch.float16)
 
 
 @pytest.fixture

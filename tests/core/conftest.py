@@ -1,6 +1,7 @@
-"""The training of the tiny model is imported by tests of several folders."""
+"""The trainings of tests are imported by tests of several folders, and so is the tiny model."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "models/detectors")]

@@ -7,6 +7,7 @@ from golden_cases import build, load_module
 
 from mmdet3d.models.detectors.frame_plan import map_tensors
 from mmdet3d.models.view_transforms import ForwardFeatures
+from mmdet3d.structures import CameraInputs
 from mmdet3d.utils.fold_batch_norm import fold_batch_norm
 
 BATCH = 2
@@ -64,8 +65,9 @@ def test_image_branch(shared, device, generator, unfolded, folded, record_proper
              depth_net.register_forward_hook(keep_depth_net),
              projection.img_bev_encoder_backbone.register_forward_hook(keep_volumes)]
     with torch.no_grad():
-        lifts = map_tensors(lambda tensor: tensor.to(device), projection.geometry(inputs))
-        features = projection(inputs[0].to(device), lifts)
+        given = CameraInputs.from_img_inputs(inputs, projection.num_cams, projection.num_frames)
+        lifts = map_tensors(lambda tensor: tensor.to(device), projection.geometry(given))
+        features = projection(given.images.to(device), lifts)
     for hook in hooks:
         hook.remove()
     tensors = {f"{frame}/{name}": value for frame, values in seen.items() for name, value in values.items()}
@@ -86,7 +88,7 @@ def test_voxel_path_and_losses(shared, device, generator, model, monkeypatch, re
         volumes, context, depth = generator.voxel_inputs(step, BATCH)
         features = ForwardFeatures([v.to(device) for v in volumes], depth.to(device), context.to(device))
         with torch.no_grad():
-            plan = model.plan_stages(metas, inputs[5], memory, device=features.depth.device).to(device)
+            plan = model.plan_stages(model.frame_meta(metas), inputs[5], memory, features.depth.device).to(device)
             prediction = model.cascade(features, plan, memory)
         memory = prediction.memory
         tensors = {"logits": prediction.semantic_logits, "flow": prediction.flow, "voxel_feats": prediction.volume}

@@ -17,15 +17,13 @@ from tqdm import tqdm
 
 from mmdet3d.core.evaluation.collection import exact_collection, gather, published_collection
 from mmdet3d.core.evaluation.prediction_files import PredictionFiles
-from mmdet3d.core.evaluation.samples import EvaluationSamples, take_ground_truth
-from mmdet3d.core.evaluation.slot_memory import SlotMemory
+from mmdet3d.core.evaluation.samples import EvaluationSamples
+from mmdet3d.core.predictor import Predictor
 from mmdet3d.core.random_state import preserved_random_state
-from mmdet3d.datasets.loader import build_dataloader, to_device
+from mmdet3d.datasets.loader import build_dataloader
 from mmdet3d.datasets.metrics.coverage import CoverageError
 from mmdet3d.datasets.samplers.sequence import distributed_place
 from mmdet3d.datasets.scoring import GroundTruth, GroundTruthSource, SampleScore, SampleScorer, Summary, summarise
-from mmdet3d.models.detectors.frame_runner import FrameRunner
-from mmdet3d.models.heads.seeded_noise import sample_seed
 
 logger = logging.getLogger(__name__)
 _SHOWN = 5
@@ -41,22 +39,27 @@ class EvaluatorOptions:
         workers_per_gpu: Worker processes that load.
         order: "exact": every sample once. "published": the order of the published evaluation, in which some samples
             come twice and, with most numbers of processes, some never; collected as it collects.
-        carry_over: A sequence finds the memory of the one before it, see :class:`SlotMemory`.
+        scene_start: Memory at the first frame of a scene, see :class:`~mmdet3d.core.predictor.Predictor`; "carried" as
+            the published evaluation.
         noise_seed: Seed of the flow head's noise, which then depends on the sample only. None: torch's generator, as
             the published evaluation.
+        mode: Arithmetic, see :class:`~mmdet3d.core.predictor.Predictor`.
+        fold: Fold batch norms into convolutions, likewise.
         score: Compare with the ground truth.
         out: Folder for predictions, or None.
         pairing: Whose lidar positions a sample is seen from, see :class:`~mmdet3d.datasets.lidar_origins.LidarOrigins`.
         scenes: ``scene.json``, for the pairing "index".
         cache: Folder that keeps where rays hit the ground truth.
-        graphs: CUDA graphs, see :class:`~mmdet3d.models.detectors.frame_runner.FrameRunner`; the result is the same.
+        graphs: CUDA graphs; the result is the same.
     """
 
     samples_per_gpu: int = 1
     workers_per_gpu: int = 4
     order: str = "exact"
-    carry_over: bool = False
+    scene_start: str = "primed"
     noise_seed: int | None = 0
+    mode: str = "exact"
+    fold: bool = True
     score: bool = True
     out: str | None = None
     pairing: str = "token"
@@ -118,8 +121,7 @@ class Evaluator:
     def run(self, model: nn.Module) -> Evaluation:
         """Evaluate a model; to be called by all processes.
 
-        The model is in evaluation mode meanwhile; its weights, its ``memory`` and the states of all global random
-        generators are left alone.
+        Its weights, mode and ``memory`` and the states of all global random generators are left alone.
 
         Args:
             model: The detector, not wrapped.
@@ -131,9 +133,8 @@ class Evaluator:
         """
         start = time.perf_counter()
         device = next(model.parameters()).device
-        # no_grad and not inference_mode: what modules cache now may serve a training later
-        with _evaluation_mode(model), torch.no_grad(), preserved_random_state(device):
-            own = list(self._batches(model, device))
+        with preserved_random_state(device):
+            own = list(self._batches(self.predictor(model), device))
         tokens = [self.dataset.data_infos[index]["token"] for index in range(len(self.dataset))]
         ranks = gather(own)
         summary, samples = None, len({score.index for batches in ranks for batch in batches for score in batch})
@@ -152,36 +153,29 @@ class Evaluator:
                            ", ".join(summary.missing[:_SHOWN]), " ..." if len(summary.missing) > _SHOWN else "")
         return summary
 
-    def _batches(self, model: nn.Module, device: torch.device) -> Iterator[list[SampleScore]]:
+    def predictor(self, model: nn.Module) -> Predictor:
+        """What predicts with a model under the options."""
+        options = self.options
+        return Predictor(model, scene_start=options.scene_start, noise_seed=options.noise_seed, mode=options.mode,
+                         fold=options.fold, graphs=options.graphs)
+
+    def _batches(self, predictor: Predictor, device: torch.device) -> Iterator[list[SampleScore]]:
         """Scores of one batch after the other, each computed while the model works on the next one."""
         scorer = SampleScorer(self.dataset.labels, cache=self.options.cache) if self.options.score else None
-        memory, lane = SlotMemory(self.options.carry_over), _Lane(device)
-        runner = FrameRunner(model, graphs=self.options.graphs)
+        memory, lane = None, _Lane(device)
         quiet = distributed_place()[0] != 0 or not sys.stderr.isatty()
         waiting: _Predicted | None = None
         with contextlib.ExitStack() as stack:
             files = None if self.options.out is None else stack.enter_context(PredictionFiles(self.options.out))
             for batch in tqdm(self.loader, unit="batch", disable=quiet, dynamic_ncols=True):
-                truths = take_ground_truth(batch)
-                semantics, flow, metas = self._predict(runner, to_device(batch, device), memory)
-                predicted = _Predicted(metas, semantics, flow, truths, lane.mark())
+                metas = batch["img_metas"]
+                semantics, flow, memory = predictor(batch["img_inputs"], metas, memory)
+                predicted = _Predicted(metas, semantics, flow, batch.get("ground_truth"), lane.mark())
                 if waiting is not None:
                     yield self._finish(waiting, lane, scorer, files)
                 waiting = predicted
             if waiting is not None:
                 yield self._finish(waiting, lane, scorer, files)
-
-    def _predict(self, runner: FrameRunner, batch: Mapping[str, Any], memory: SlotMemory
-                 ) -> tuple[Tensor, Tensor, Sequence[Mapping]]:
-        inputs, metas = batch["img_inputs"], batch["img_metas"]
-        if not isinstance(inputs[0], Tensor):
-            inputs, metas = inputs[0], metas[0]
-        if self.options.noise_seed is not None:
-            metas = [{**meta, "noise_seed": sample_seed(meta["sample_idx"], self.options.noise_seed)}
-                     for meta in metas]
-        semantics, flow, after = runner(inputs, metas, memory.before(metas))
-        memory.after(after)
-        return semantics, flow, metas
 
     @staticmethod
     def _finish(batch: _Predicted, lane: _Lane, scorer: SampleScorer | None, files: PredictionFiles | None
@@ -233,15 +227,3 @@ class _Lane:
             self._stream.wait_event(mark)
             yield
             self._stream.synchronize()  # before the memory of the predictions serves the model again
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every module's own mode afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

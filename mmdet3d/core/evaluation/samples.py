@@ -1,4 +1,4 @@
-"""A data set whose samples carry their ground truth and what an evaluation wants to know of them."""
+"""Samples for evaluation: those of a test pipeline without their nesting, with their ground truth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from mmcv.parallel import DataContainer
 from torch.utils.data import Dataset
 
-from mmdet3d.datasets.scoring import GroundTruth, GroundTruthSource
+from mmdet3d.datasets.scoring import GroundTruthSource
 
 
 class EvaluationSamples(Dataset):
@@ -29,10 +29,10 @@ class EvaluationSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample, with ``ground_truth``, a list of one container, if there is one."""
-        sample = dict(self.dataset[index])
+        """The sample without the lists of one test-time augmentation, and with ``ground_truth`` if there is one."""
+        sample = {key: value for key, (value,) in self.dataset[index].items()}
         if self.truth is not None:
-            sample["ground_truth"] = [DataContainer(self.truth[index], cpu_only=True)]
+            sample["ground_truth"] = DataContainer(self.truth[index], cpu_only=True)
         return sample
 
     def seed(self, seed: int) -> None:
@@ -42,9 +42,3 @@ class EvaluationSamples(Dataset):
     def remember_samples(self, samples_per_batch: int) -> None:
         """Passed on to the data set."""
         self.dataset.remember_samples(samples_per_batch)
-
-
-def take_ground_truth(batch: dict[str, Any]) -> list[GroundTruth] | None:
-    """Remove the ground truth from a collated batch and return it, one for each sample."""
-    wrapped = batch.pop("ground_truth", None)
-    return None if wrapped is None else wrapped[0]

@@ -73,7 +73,7 @@ class EvaluationHook(Hook):
                 self._evaluate(runner, model)
             if draws and self.pictures is not None and runner.rank == 0:
                 folder = Path(runner.work_dir) / "pictures" / f"iter_{runner.iter + 1}"
-                self.pictures.draw(model, folder, f"iteration {runner.iter + 1}")
+                self.pictures.draw(self.evaluator.predictor(model), folder, f"iteration {runner.iter + 1}")
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ class OptimizerHook(Hook):
     forward pass, so N iterations are one step. A run that ends within such a group steps with what it has.
 
     Where the forward pass came with the backward pass (``outputs["backward_done"]``, see
-    :class:`mmdet3d.core.step_graph.StepGraph`), clipping and step remain.
+    :class:`mmdet3d.core.cuda_graphs.steps.StepGraph`), clipping and step remain.
 
     Where a hook before this one has set ``runner.skip_step``, the loss of the iteration and the gradients accumulated
     for the step are dropped.

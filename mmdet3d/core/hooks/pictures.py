@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
+from mmdet3d.core.evaluation.samples import EvaluationSamples
+from mmdet3d.core.predictor import Predictor
 from mmdet3d.core.visualization.compare import compose_comparison
 from mmdet3d.core.visualization.occupancy import save_png
 from mmdet3d.datasets.infos import resolve_path, scene_name
 from mmdet3d.datasets.labels import CAMERAS
-from mmdet3d.datasets.loader import collate, to_device
-from mmdet3d.models.heads.seeded_noise import sample_seed
+from mmdet3d.datasets.loader import collate
 from mmdet3d.utils.files import prediction_path
+from mmdet3d.utils.transfer import to_numpy
 
 
 class PictureDrawer:
@@ -47,23 +47,22 @@ class PictureDrawer:
             raise ValueError(f"samples: {wrong} are not among the {len(dataset)} samples of {dataset.ann_file}")
         self.samples = tuple(int(number) for number in numbers)
 
-    @torch.no_grad()
-    def draw(self, model: nn.Module, folder: str | os.PathLike, title: str = "") -> list[Path]:
+    def draw(self, predictor: Predictor, folder: str | os.PathLike, title: str = "") -> list[Path]:
         """Write ``<folder>/<scene>/<token>.png`` for every sample.
 
         Args:
-            model: Detector in evaluation mode.
+            predictor: What predicts.
             folder: Where.
             title: First line of the pictures, before scene and token.
 
         Returns:
             The files.
         """
-        return [self._draw_one(model, index, Path(folder), title) for index in self.samples]
+        return [self._draw_one(predictor, index, Path(folder), title) for index in self.samples]
 
-    def _draw_one(self, model: nn.Module, index: int, folder: Path, title: str) -> Path:
+    def _draw_one(self, predictor: Predictor, index: int, folder: Path, title: str) -> Path:
         info = self.dataset.data_infos[index]
-        semantics, flow = self._predict(model, index)
+        semantics, flow = self._predict(predictor, index)
         truth = self.dataset.ground_truth(index)
         true_flow = truth["flow"]
         path = prediction_path(folder, scene_name(info), info["token"]).with_suffix(".png")
@@ -77,13 +76,12 @@ class PictureDrawer:
         save_png(picture, path)
         return path
 
-    def _predict(self, model: nn.Module, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _predict(self, predictor: Predictor, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Labels and flow of a sample, after the frames before it."""
-        device, flags = next(model.parameters()).device, self.dataset.flag
+        flags = self.dataset.flag
         first = max(index - self.history, int(np.flatnonzero(flags == flags[index])[0]))
-        memory = None
+        samples, memory = EvaluationSamples(self.dataset, None), None
         for number in range(first, index + 1):
-            batch = to_device(collate([self.dataset[number]]), device)
-            metas = [{**meta, "noise_seed": sample_seed(meta["sample_idx"])} for meta in batch["img_metas"][0]]
-            semantics, flow, memory = model.predict_tensors(batch["img_inputs"][0], metas, memory)
-        return semantics[0].cpu().numpy(), flow[0].cpu().numpy()
+            batch = collate([samples[number]])
+            semantics, flow, memory = predictor(batch["img_inputs"], batch["img_metas"], memory)
+        return to_numpy(semantics[0], flow[0])

@@ -14,21 +14,10 @@ from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.pipelines.augmentation import ImageAugmentation, check_data_config
 from mmdet3d.datasets.pipelines.compose import generator
 from mmdet3d.registry import PIPELINES
+from mmdet3d.utils.normalise import NORMALISED
 
-# Mean and standard deviation of ImageNet in the order red, green, blue ...
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
-# ... while the channels of the tensor are blue, green, red: the released weights were trained so.
 CHANNELS = (2, 1, 0)
-
-
-def _normalisation_table() -> np.ndarray:
-    values = np.arange(256, dtype=np.float32)
-    return np.stack([(values - np.float32(m)) / np.float32(s) for m, s in zip(MEAN, STD, strict=True)])
-
-
-NORMALISED = _normalisation_table()
-"""(3, 256) float32: tensor value of every pixel value, by output channel. A look-up is exact and the fastest way."""
+"""Of the tensor, blue, green and red, in an RGB image."""
 
 
 def normalise(image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -146,7 +135,7 @@ class PrepareImageInputs:
         is_train: Draw the augmentation; otherwise the fixed one of test time.
         sequential: Add the adjacent frames of the sample.
         ship_uint8: Give the images as uint8 channels blue, green, red, a quarter of the bytes;
-            :func:`mmdet3d.datasets.pipelines.device.normalise_batch` makes the same floats of them after the transfer.
+            the model makes the same floats of them on its device.
         single_precision: Multiply ``lidar2img`` in float32 as the published data has it; otherwise in float64.
         reader: Where images come from. Default: a reader of its own. At test time, when images return unchanged, it
             keeps those of the latest samples, see :meth:`remember_samples`; in training it keeps those of one camera,

@@ -16,7 +16,7 @@ from mmdet3d.registry import HEADS, build
 from mmdet3d.utils.precision import full_precision
 
 
-def _height_mean(volume: Tensor) -> Tensor:
+def height_mean(volume: Tensor) -> Tensor:
     """Mean over Z of [B, C, Z, Y, X], in float32 at least."""
     return volume.mean(2, dtype=torch.promote_types(volume.dtype, torch.float32))
 
@@ -49,7 +49,7 @@ def ego_shift(displacement: Tensor, yaw: Tensor, extent: tuple[float, float], *,
 
 
 class StageSetup(NamedTuple):
-    """What a stage needs besides the features of the frame: the frame before and where everything is.
+    """Inputs of a stage besides the features of the frame: the frame before and where everything is.
 
     Attributes:
         previous_map: [B, Q, C] bird's-eye view of the previous frame, flipped for the current augmentation, or None.
@@ -107,33 +107,22 @@ class BEVFormerBackwardProjection(BaseModule):
             raise ValueError(f"bev_h, bev_w = {self.bev_size} must be the (Y, X) of the encoder's grid_config, "
                              f"{self.transformer.encoder.bev_size}")
 
-    def forward(self, volume: Tensor, context: Tensor, depth: Tensor, coarse_logits: Tensor | None,
-                previous_volume: Tensor | None, previous_flips: Tensor, bda: Tensor, starts: Tensor, shift: Tensor,
-                image_from_augmented: Tensor, height_mean: Tensor | None = None, setup: StageSetup | None = None
-                ) -> tuple[Tensor, Tensor]:
+    def forward(self, bev: Tensor, context: Tensor, depth: Tensor, coarse_logits: Tensor | None, starts: Tensor,
+                setup: StageSetup) -> tuple[Tensor, Tensor]:
         """Refine the bird's-eye view of a volume and predict its occupancy.
 
         Args:
-            volume: [B, C, Z, Y, X] voxel features of the stage.
+            bev: [B, C, Y, X] mean of the volume of the stage over its height, see :func:`height_mean`.
             context: [B, N, C, h, w] image features.
             depth: [B, N, D, h, w] depth probability.
             coarse_logits: [B, X / 2, Y / 2, Z / 2, K] logits of the coarser stage, or None.
-            previous_volume: [B, C, Z, Y, X] volume that this stage produced at the previous frame, or None.
-            previous_flips: [B, 2] bool, whether the flip of the BEV augmentation along (x, y) changed since that frame;
-                only read without ``always_flip_previous``.
-            bda: [B, 4, 4] BEV augmentation.
             starts: [B] bool, whether a sequence starts.
-            shift: [B, 2] displacement of the previous map, see :func:`ego_shift`.
-            image_from_augmented: [B, N, 4, 4] augmented ego to augmented pixels times depth.
-            height_mean: [B, C, Y, X] mean of ``volume`` over Z, if it is there already.
-            setup: :meth:`setup` of these arguments, if it is there already.
+            setup: Of :meth:`setup`, called for this frame.
 
         Returns:
             BEV features [B, C, Y, X] and logits [B, X, Y, Z, K].
         """
-        query = (_height_mean(volume) if height_mean is None else height_mean).flatten(2).transpose(1, 2)
-        if setup is None:
-            setup = self.setup(previous_volume, previous_flips, bda, shift, image_from_augmented)
+        query = bev.flatten(2).transpose(1, 2)
         previous = setup.previous_map
         if previous is not None and not self.stale_previous_at_start:
             previous = torch.where(starts[:, None, None], query.detach(), previous)
@@ -144,13 +133,22 @@ class BEVFormerBackwardProjection(BaseModule):
 
     def setup(self, previous_volume: Tensor | None, previous_flips: Tensor, bda: Tensor, shift: Tensor,
               image_from_augmented: Tensor) -> StageSetup:
-        """What :meth:`forward`, whose arguments these are, can do before the features of the frame are there."""
+        """Do the part of :meth:`forward` that needs no features of the frame.
+
+        Args:
+            previous_volume: [B, C, Z, Y, X] volume that this stage produced at the previous frame, or None.
+            previous_flips: [B, 2] bool, whether the flip of the BEV augmentation along (x, y) changed since that frame;
+                only read without ``always_flip_previous``.
+            bda: [B, 4, 4] BEV augmentation.
+            shift: [B, 2] displacement of the previous map, see :func:`ego_shift`.
+            image_from_augmented: [B, N, 4, 4] augmented ego to augmented pixels times depth.
+        """
         previous_map = None if previous_volume is None else self._previous_map(previous_volume, previous_flips)
         geometry = self.transformer.encoder.geometry(image_from_augmented, None if previous_map is None else shift)
         return StageSetup(previous_map, self.positional_encoding(bda), geometry)
 
     def displacement(self, moved: Tensor, yaw: Tensor, bda: Tensor) -> Tensor:
-        """[B, 2] ``shift`` of :meth:`forward`.
+        """[B, 2] ``shift`` of :meth:`setup`.
 
         Args:
             moved: [B, 3] float64 ego motion since the previous frame in global axes, metres; 0 at starts.
@@ -162,11 +160,11 @@ class BEVFormerBackwardProjection(BaseModule):
 
     @full_precision
     def image_from_augmented(self, image_from_ego: Tensor, bda: Tensor) -> Tensor:
-        """[B, N, 4, 4] ``image_from_augmented`` of :meth:`forward`, of that from the ego frame and the augmentation."""
+        """[B, N, 4, 4] ``image_from_augmented`` of :meth:`setup`, of that from the ego frame and the augmentation."""
         return image_from_ego @ (torch.linalg.inv(bda) if self.invert_bda else bda)[:, None]
 
     def _previous_map(self, volume: Tensor, flip: Tensor) -> Tensor:
-        bev = _height_mean(volume)
+        bev = height_mean(volume)
         if self.always_flip_previous:
             bev = bev.flip(2, 3)
         else:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from mmdet3d.models.attention.backward_projection import BEVFormerBackwardProjection
-from mmdet3d.models.detectors.frame_meta import FrameMeta
 from mmdet3d.models.temporal import SparseFusion
 from mmdet3d.models.view_transforms.feature_reuse import NO_REUSE, FeatureReuse, feature_reuse
 from mmdet3d.models.view_transforms.geometry import LiftGeometry
 from mmdet3d.ops.plane_sweep import SweepGeometry
-from mmdet3d.structures import FrameCache, TemporalMemory, VoxelGrid
+from mmdet3d.structures import FrameCache, FrameMeta, TemporalMemory, VoxelGrid
 from mmdet3d.utils.precision import full_precision
 
 #: Bytes; every tensor of a packed buffer begins at a multiple.
@@ -196,14 +195,3 @@ def ego_displacement(memory: TemporalMemory | None, meta: FrameMeta) -> Tensor:
         return torch.zeros_like(meta.ego_translation)
     moved = meta.ego_translation - memory.ego_translation
     return torch.where(torch.tensor(meta.starts)[:, None], 0, moved)
-
-
-def matrices_on_host(img_inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``img_inputs[1:]`` on the CPU; what lies on a device comes in one transfer, which waits for the device."""
-    matrices = list(img_inputs[1:])
-    remote = [i for i, matrix in enumerate(matrices) if matrix.device.type != "cpu"]
-    if remote:
-        values = torch.cat([matrices[i].detach().flatten() for i in remote]).cpu()
-        for i, part in zip(remote, values.split([matrices[i].numel() for i in remote]), strict=True):
-            matrices[i] = part.view(matrices[i].shape).to(matrices[i].dtype)
-    return matrices

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmdet3d.models.detectors.frame_meta import FrameMeta
-from mmdet3d.structures import TemporalMemory
+from mmdet3d.structures import FrameMeta, TemporalMemory
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,24 @@
-"""What a forward pass of the detector yields, and what its stages can do before it."""
+"""Results of a forward pass of the detector, and the part of its stages that needs no features of the frame."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mmdet3d.models.attention.backward_projection import StageSetup
+from mmdet3d.models.temporal.sparse_fusion import PastVolumes
 from mmdet3d.structures import TemporalMemory
+from mmdet3d.utils.transfer import to_numpy
 
 
-class Prepared(NamedTuple):
-    """``setup`` of the backward projection and ``warped`` history of the temporal fusion, of one stage."""
+class StagePrecompute(NamedTuple):
+    """Of one stage: ``setup`` of its backward projection, and its history, made ready by the temporal fusion."""
 
-    setup: StageSetup | None = None
-    history: Tensor | None = None
+    setup: StageSetup
+    past: PastVolumes | None
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,18 @@ class Prediction:
     stage_logits: tuple[Tensor, ...]
     volume: Tensor
     memory: TemporalMemory | None
+
+
+def result_dict(semantics: Tensor, flow: Tensor, indices: Sequence[Any]) -> dict[str, Any]:
+    """Give a batch of predictions the form of mmdet-style results.
+
+    Args:
+        semantics: uint8 [B, X, Y, Z] class of each voxel.
+        flow: float16 [B, X, Y, Z, 2] m/s.
+        indices: Number of each of the B samples in its data set, or None.
+
+    Returns:
+        ``occ_results`` and ``flow_results``, NumPy arrays of the same dtypes and shapes, and ``index``, a list.
+    """
+    semantics, flow = to_numpy(semantics, flow)
+    return {"occ_results": semantics, "flow_results": flow, "index": list(indices)}

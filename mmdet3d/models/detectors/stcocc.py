@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d.models.attention.backward_projection import height_mean
 from mmdet3d.models.attention.occupancy_predictor import occupied_probability
 from mmdet3d.models.detectors.base import BaseDetector
 from mmdet3d.models.detectors.consistency import check_consistency
-from mmdet3d.models.detectors.frame_meta import FrameMeta
-from mmdet3d.models.detectors.frame_plan import FramePlan, matrices_on_host, stage_geometry
+from mmdet3d.models.detectors.frame_plan import FramePlan, stage_geometry
 from mmdet3d.models.detectors.memory_check import MemoryLayout, check_memory
-from mmdet3d.models.detectors.prediction import Prediction, Prepared
+from mmdet3d.models.detectors.prediction import Prediction, StagePrecompute, result_dict
 from mmdet3d.models.detectors.stage_configs import stage_configs
 from mmdet3d.models.losses import VoxelLosses, depth_loss, flow_loss
 from mmdet3d.models.view_transforms import ForwardFeatures
@@ -25,11 +25,10 @@ from mmdet3d.models.view_transforms.forward_projection import FrameFeatures, Key
 from mmdet3d.models.view_transforms.geometry import LiftGeometry
 from mmdet3d.ops import row_argmax, upsample_add
 from mmdet3d.registry import DETECTORS, ConfigError, build
-from mmdet3d.structures import FrameCache, TemporalMemory
+from mmdet3d.structures import CameraInputs, FrameCache, FrameMeta, TemporalMemory
 from mmdet3d.utils.beside import Beside
 from mmdet3d.utils.files import prediction_path, save_prediction
 from mmdet3d.utils.memory_format import use_channels_last
-from mmdet3d.utils.transfer import to_numpy
 
 
 @DETECTORS.register_module()
@@ -116,52 +115,77 @@ class STCOcc(BaseDetector):
 
     # ---- forward passes -------------------------------------------------------------------------------------------
 
-    def run(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None = None
-            ) -> tuple[Prediction, ForwardFeatures]:
-        """The whole network on one frame: prediction, and the features of the coarse encoder.
+    def camera_inputs(self, img_inputs: Sequence[Tensor]) -> CameraInputs:
+        """Check and name the six tensors of an mmdet-style batch.
 
         Args:
-            img_inputs: Images [B, N * 3, 3, H, W] camera-major; sensor2ego, ego2global, intrinsics, post_aug
-                [B, 3 * N, 4, 4] frame-major; bda [B, 4, 4]. The matrices may stay on the CPU, where they are read.
+            img_inputs: Images [B, N * 3, 3, H, W] camera-major, normalised floats or uint8 pixels; sensor2ego,
+                ego2global, intrinsics, post_aug [B, 3 * N, 4, 4] frame-major; bda [B, 4, 4]. The matrices may stay on
+                the CPU, where they are read.
+
+        Raises:
+            ValueError: they have the wrong shapes.
+        """
+        network = self.forward_projection
+        return CameraInputs.from_img_inputs(img_inputs, network.num_cams, network.num_frames,
+                                            network.img_view_transformer.input_size)
+
+    def frame_meta(self, img_metas: Sequence[Mapping]) -> FrameMeta:
+        """Check and stack the meta data of an mmdet-style batch, see :meth:`FrameMeta.from_metas`."""
+        return FrameMeta.from_metas(img_metas, num_cams=self.forward_projection.num_cams)
+
+    def run(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None = None
+            ) -> tuple[Prediction, ForwardFeatures]:
+        """Run the whole network on one frame: prediction, and the features of the coarse encoder.
+
+        Args:
+            img_inputs: See :meth:`camera_inputs`.
             img_metas: B dicts, see :class:`FrameMeta`.
-            memory: What the previous frame returned; None at first.
+            memory: Of the previous frame; None at first.
 
         Raises:
             ValueError: ``img_inputs`` or ``img_metas`` have the wrong shapes, or ``memory`` does not fit.
         """
-        plan = self.plan(img_inputs, img_metas, memory)
-        return self.compute(img_inputs[0], plan.to(img_inputs[0].device), memory)
+        inputs = self.camera_inputs(img_inputs)
+        plan = self.plan(inputs, self.frame_meta(img_metas), memory, inputs.images.device)
+        return self.compute(inputs.images, plan.to(inputs.images.device), memory)
 
-    def plan(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None
-             ) -> FramePlan:
-        """The host's part of a frame: checks, and all small-matrix work. Arguments and errors as :meth:`run`.
-
-        Returns:
-            The plan on the CPU, in pinned memory if the images are on a GPU.
-        """
-        if len(img_inputs) != 6 or len(img_metas) != len(img_inputs[0]):
-            raise ValueError("expected six img_inputs and one dict of img_metas per sample, got "
-                             f"{len(img_inputs)} img_inputs{f' of {len(img_inputs[0])} samples' if img_inputs else ''} "
-                             f"and {len(img_metas)} img_metas")
-        matrices = matrices_on_host(img_inputs)
-        lifts = self.forward_projection.geometry((img_inputs[0], *matrices))
-        return self.plan_stages(img_metas, matrices[-1], memory, lifts, img_inputs[0].device)
-
-    def plan_stages(self, img_metas: Sequence[Mapping], bda: Tensor, memory: TemporalMemory | None,
-                    lifts: LiftGeometry | None = None, device: torch.device | str = "cpu") -> FramePlan:
-        """The part of :meth:`plan` that :meth:`cascade` needs.
+    def plan(self, inputs: CameraInputs, meta: FrameMeta, memory: TemporalMemory | None,
+             device: torch.device | str = "cpu") -> FramePlan:
+        """Do the host's part of a frame: checks, and all small-matrix work.
 
         Args:
-            img_metas: B dicts, see :class:`FrameMeta`.
-            bda: [B, 4, 4] BEV augmentation on the CPU.
-            memory: What the previous frame returned; None at first.
-            lifts: Geometry of the lifted frames, to be packed with it.
+            inputs: Its matrices are read; the images are not.
+            meta: Of the same samples.
+            memory: Of the previous frame; None at first.
             device: Where the plan will go.
 
+        Returns:
+            The plan on the CPU, in pinned memory if ``device`` is a GPU.
+
         Raises:
-            ValueError: ``img_metas`` or ``memory`` do not fit, or a sequence goes on that the memory does not follow.
+            ValueError: the numbers of samples differ, ``memory`` does not fit, or a sequence goes on that it does not
+                follow.
         """
-        meta = FrameMeta.from_metas(img_metas, num_cams=self.forward_projection.num_cams)
+        if len(meta.starts) != len(inputs.bda):
+            raise ValueError(f"expected one dict of img_metas per sample, got img_inputs of {len(inputs.bda)} samples "
+                             f"and {len(meta.starts)} img_metas")
+        return self.plan_stages(meta, inputs.bda, memory, device, self.forward_projection.geometry(inputs))
+
+    def plan_stages(self, meta: FrameMeta, bda: Tensor, memory: TemporalMemory | None,
+                    device: torch.device | str = "cpu", lifts: LiftGeometry | None = None) -> FramePlan:
+        """Do the part of :meth:`plan` that :meth:`cascade` needs.
+
+        Args:
+            meta: See :meth:`plan`.
+            bda: [B, 4, 4] BEV augmentation on the CPU.
+            memory: See :meth:`plan`.
+            device: See :meth:`plan`.
+            lifts: Geometry of the lifted frames, to be packed with it.
+
+        Raises:
+            ValueError: see :meth:`plan`.
+        """
         check_memory(memory, meta, self._memory_layout(), device)
         stages = stage_geometry(meta, bda, memory, self.backward_projection_list[0], self.temporal_fusion_list,
                                 self.grids)
@@ -171,67 +195,69 @@ class STCOcc(BaseDetector):
     def compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None,
                 histories_out: Sequence[Tensor] | None = None, newest: FrameFeatures | None = None
                 ) -> tuple[Prediction, ForwardFeatures]:
-        """The device's part of a frame.
+        """Do the device's part of a frame.
 
         Args:
-            images: See :meth:`run`.
+            images: [B, N, 3, 3, H, W], see :class:`CameraInputs`.
             plan: Of the frame, on the device of the images.
-            memory: What the previous frame returned; None at first.
+            memory: Of the previous frame; None at first.
             histories_out: Tensors that the new memory's histories are written to, in memory of their own. A backward
                 pass reads them too. Default: new ones.
-            newest: Features of the newest pictures, see ``forward`` of :class:`BEVDetStereoForwardProjection`.
+            newest: Features of the newest images, see ``forward`` of :class:`BEVDetStereoForwardProjection`.
         """
-        cache = None if memory is None else memory.features
-        targets, prepared = None, None
-        if Beside.possible() and memory is not None and not any(plan.meta.starts):
-            targets = Beside(lambda: self.forward_projection.img_view_transformer.pool_targets(plan.lifts))
-            prepared = Beside(lambda: self._prepare(plan, memory, histories_out), lane=1)
-        features = self.forward_projection(images, plan.lifts, plan.reuse, cache, newest, targets)
-        return self.cascade(features, plan, memory, histories_out, prepared and prepared.get()), features
+        stages = self.precompute(plan, memory, histories_out)
+        features = self.forward_projection(images, plan.lifts, plan.reuse, None if memory is None else memory.features,
+                                           newest)
+        return self.cascade(features, plan, memory, stages), features
 
-    def _prepare(self, plan: FramePlan, memory: TemporalMemory, histories_out: Sequence[Tensor] | None
-                ) -> list[Prepared]:
-        """What the stages, finest first, can do before the frame's features are there, where a sequence goes on."""
+    def precompute(self, plan: FramePlan, memory: TemporalMemory | None, histories_out: Sequence[Tensor] | None = None
+                   ) -> list[Beside[StagePrecompute]]:
+        """Begin the part of the stages, finest first, that needs no features; arguments as for :meth:`compute`.
+
+        Each stage's part runs when it is asked for, or beside the image network where a CUDA graph is captured.
+        """
+        # In a lane of their own, beside that of the points to pool.
+        return [Beside(lambda s=s: self._precompute_stage(s, plan, memory, histories_out), lane=1)
+                for s in range(self.num_stage)]
+
+    def _precompute_stage(self, s: int, plan: FramePlan, memory: TemporalMemory | None,
+                          histories_out: Sequence[Tensor] | None) -> StagePrecompute:
         geometry = plan.stages
-        return [
-            Prepared(projection.setup(memory.newest_volume(s), geometry.previous_flips, geometry.bda, geometry.shift,
-                                      geometry.image_from_augmented),
-                     fusion.warp_history(memory.histories[s], self.grids[s], geometry.index_matrices[s],
-                                         None if histories_out is None else histories_out[s]))
-            for s, (projection, fusion) in enumerate(
-                zip(self.backward_projection_list, self.temporal_fusion_list, strict=True))]
+        setup = self.backward_projection_list[s].setup(
+            None if memory is None else memory.newest_volume(s), geometry.previous_flips, geometry.bda, geometry.shift,
+            geometry.image_from_augmented)
+        if not self.temporal_fusion_list:
+            return StagePrecompute(setup, None)
+        return StagePrecompute(setup, self.temporal_fusion_list[s].prepare(
+            None if memory is None else memory.histories[s], self.grids[s], plan.meta.starts,
+            geometry.index_matrices[s], None if histories_out is None else histories_out[s]))
 
     def cascade(self, features: ForwardFeatures, plan: FramePlan, memory: TemporalMemory | None,
-                histories_out: Sequence[Tensor] | None = None, prepared: Sequence[Prepared] | None = None
-                ) -> Prediction:
-        """Stages and heads, coarse to fine.
+                stages: Sequence[Beside[StagePrecompute]] | None = None) -> Prediction:
+        """Run stages and heads, coarse to fine.
 
         Args:
             features: Volumes, depth [B * N, D, h, w] and context [B * N, C, h, w] of the coarse encoder.
             plan: The frame's plan, on the device of the features.
-            memory: What the previous frame returned, as it was when the plan was made.
-            histories_out: See :meth:`compute`.
-            prepared: For each stage, finest first, what was done before.
+            memory: Of the previous frame, as it was when the plan was made.
+            stages: Of :meth:`precompute`; default: begun here.
         """
+        stages = self.precompute(plan, memory) if stages is None else stages
         geometry, batch = plan.stages, len(plan.bda)
         context, depth = (x.unflatten(0, (batch, -1)) for x in (features.context, features.depth))
         logits, coarser, stage_logits, histories = None, None, [], []
         for s in reversed(range(self.num_stage)):
-            volume, height_mean = features.volumes[s], None
-            if coarser is not None:
-                volume, height_mean = upsample_add(volume, coarser)
-            previous = memory.newest_volume(s) if memory is not None else None
-            early = Prepared() if prepared is None else prepared[s]
-            bev, stage = self.backward_projection_list[s](
-                volume, context, depth, logits, previous, geometry.previous_flips, geometry.bda, geometry.start_mask,
-                geometry.shift, geometry.image_from_augmented, height_mean, early.setup)
+            volume = features.volumes[s]
+            volume, mean = (volume, height_mean(volume)) if coarser is None else upsample_add(volume, coarser)
+            setup, past = stages[s].get()
+            bev, stage = self.backward_projection_list[s](mean, context, depth, logits, geometry.start_mask, setup)
             logits = stage.detach()
             occupied = occupied_probability(logits).permute(0, 3, 2, 1)  # [B, Z, Y, X]
             # In the dtype of the volume, which under autocast is that of the convolutions.
             volume = torch.addcmul(volume, bev[:, :, None].to(volume.dtype), occupied[:, None].to(volume.dtype))
-            if self.temporal_fusion_list:
-                volume, history = self._fuse(s, volume, logits, occupied, plan, memory,
-                                             None if histories_out is None else histories_out[s], early.history)
+            if past is not None:
+                volume, history = self.temporal_fusion_list[s](volume, logits, occupied, past, self.grids[s],
+                                                               top_k=self.top_k[self.training][s])
                 histories.append(history)
             stage_logits.append(stage)
             coarser = volume
@@ -246,14 +272,6 @@ class STCOcc(BaseDetector):
         features = Beside(lambda: self.flow_head.features(volume))
         semantic_logits = self.occupancy_head(volume, logits)
         return semantic_logits, self.flow_head(volume, semantic_logits, noise_seeds, features)
-
-    def _fuse(self, s: int, volume: Tensor, logits: Tensor, occupied: Tensor, plan: FramePlan,
-              memory: TemporalMemory | None, history_out: Tensor | None, warped: Tensor | None
-              ) -> tuple[Tensor, Tensor]:
-        return self.temporal_fusion_list[s](
-            volume, logits, occupied, None if memory is None else memory.histories[s], self.grids[s],
-            plan.meta.starts, plan.stages.index_matrices[s], top_k=self.top_k[self.training][s],
-            history_out=history_out, warped=warped)
 
     def _memory_layout(self) -> MemoryLayout:
         fusions = self.temporal_fusion_list
@@ -281,7 +299,7 @@ class STCOcc(BaseDetector):
 
         Args:
             img_metas: B dicts, see :class:`FrameMeta`.
-            img_inputs: The six input tensors, see :meth:`run`.
+            img_inputs: The six input tensors, see :meth:`camera_inputs`.
             gt_depth: [B, N, H, W] depth of lidar points in metres, 0 where there is none.
             voxel_semantics: [B, X, Y, Z] class of each voxel, 255 to ignore.
             voxel_flows: [B, X, Y, Z, 2] m/s; needed with a flow head.
@@ -331,31 +349,13 @@ class STCOcc(BaseDetector):
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
-    def predict(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None = None
-                ) -> tuple[dict[str, Any], TemporalMemory | None]:
-        """As :meth:`predict_tensors`, on the host.
-
-        Returns:
-            ``occ_results`` uint8 [B, X, Y, Z] class of each voxel; ``flow_results`` float16 [B, X, Y, Z, 2] m/s where
-            the class moves, 0 elsewhere; ``index`` list of B indices. Arrays are NumPy.
-        """
-        prediction, _ = self.run(img_inputs, img_metas, memory)
-        return self.results(prediction, img_metas), prediction.memory
-
-    def predict_tensors(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping],
-                        memory: TemporalMemory | None = None) -> tuple[Tensor, Tensor, TemporalMemory | None]:
-        """Occupancy and flow of one frame, and the memory for the next one. Does not touch ``self.memory``.
-
-        Returns:
-            Classes uint8 [B, X, Y, Z]; flow float16 [B, X, Y, Z, 2] m/s where the class moves, 0 elsewhere; both on the
-            device of the images, which is not waited for. The memory for the next frame.
-        """
-        prediction, _ = self.run(img_inputs, img_metas, memory)
-        return *self.outputs(prediction), prediction.memory
-
     @torch.no_grad()
-    def outputs(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
-        """Classes and flow of :meth:`predict_tensors` for a prediction."""
+    def decode(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        """Turn logits into labels, on their device, which is not waited for.
+
+        Returns:
+            Classes uint8 [B, X, Y, Z]; flow float16 [B, X, Y, Z, 2] m/s where the class moves, 0 elsewhere.
+        """
         # The class of the greatest logit, which is that of the greatest probability.
         semantics = row_argmax(prediction.semantic_logits)
         if prediction.flow is None:
@@ -363,16 +363,6 @@ class STCOcc(BaseDetector):
         else:
             flow = (prediction.flow * self.flow_head.foreground(semantics)[..., None]).half()
         return semantics, flow
-
-    def results(self, prediction: Prediction, img_metas: Sequence[Mapping]) -> dict[str, Any]:
-        """The result dict of :meth:`predict` for a prediction."""
-        return self.result_dict(*self.outputs(prediction), img_metas)
-
-    @staticmethod
-    def result_dict(semantics: Tensor, flow: Tensor, img_metas: Sequence[Mapping]) -> dict[str, Any]:
-        """The result dict of :meth:`predict` for what :meth:`predict_tensors` gives."""
-        semantics, flow = to_numpy(semantics, flow)
-        return {"occ_results": semantics, "flow_results": flow, "index": [meta.get("index") for meta in img_metas]}
 
     def forward_test(self, img_metas: Sequence, img_inputs: Sequence, points: Sequence | None = None, **options: Any
                      ) -> list[dict[str, Any]]:
@@ -395,7 +385,7 @@ class STCOcc(BaseDetector):
             points: Not read.
             img_metas: B dicts, see :class:`FrameMeta`.
             img: Not read.
-            img_inputs: The six input tensors, see :meth:`run`, alone or as the only entry of a list.
+            img_inputs: The six input tensors, see :meth:`camera_inputs`, alone or as the only entry of a list.
             rescale: Not read, like any other keyword.
 
         Raises:
@@ -405,7 +395,9 @@ class STCOcc(BaseDetector):
             raise ValueError("simple_test needs img_inputs, the six input tensors")
         if len(img_inputs) == 1:
             img_inputs = img_inputs[0]
-        result, self.memory = self.predict(img_inputs, img_metas, self.memory)
+        prediction, _ = self.run(img_inputs, img_metas, self.memory)
+        self.memory = prediction.memory
+        result = result_dict(*self.decode(prediction), [meta.get("index") for meta in img_metas])
         if self.save_results:
             for meta, semantics, flow in zip(img_metas, result["occ_results"], result["flow_results"], strict=True):
                 save_prediction(prediction_path("results", meta["scene_name"], meta["sample_idx"]), semantics, flow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from mmcv.runner import BaseModule
@@ -19,11 +20,26 @@ def _mlp(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, out_features), Softplus(), nn.Linear(out_features, out_features))
 
 
-def _history_dtype(volume: Tensor) -> torch.dtype:
-    """That of autocast; without it at least float32."""
-    dtype = working_dtype(volume)
-    autocast = torch.is_autocast_enabled(volume.device.type)
-    return dtype if autocast else torch.promote_types(dtype, torch.float32)
+class PastVolumes(NamedTuple):
+    """History of a stage, made ready for a frame before the frame's features are there.
+
+    Attributes:
+        history: [B, V, T, C] of the previous frame, in the dtype of the new one; None before the first frame.
+        index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume.
+        starts: Whether a sequence starts, for each of the B slots.
+        new: [B, V, T, C] that becomes the new history: slot 0 is still to be filled and, where a sequence starts, the
+            others too. None before the first frame if no tensor was given for it.
+    """
+
+    history: Tensor | None
+    index_matrix: Tensor
+    starts: tuple[bool, ...]
+    new: Tensor | None
+
+    @property
+    def goes_on(self) -> bool:
+        """True if every slot follows its history, so that ``new`` is warped already."""
+        return self.history is not None and not any(self.starts)
 
 
 def _mlp_of_parts(mlp: nn.Sequential, parts: Sequence[Tensor], fresh: Tensor | None = None) -> Tensor:
@@ -85,25 +101,17 @@ class SparseFusion(BaseModule):
         self.history_fusion_linear = _mlp(channels * (history_num + 1) + occ_embedims, channels)
         self.history_fusion_bg_linear = _mlp(channels * (history_num // 2 + 1) + occ_embedims, channels)
 
-    def forward(self, volume: Tensor, logits: Tensor, occupied: Tensor, history: Tensor | None, grid: VoxelGrid,
-                starts: Sequence[bool], index_matrix: Tensor, top_k: int | None = None,
-                history_out: Tensor | None = None, warped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, volume: Tensor, logits: Tensor, occupied: Tensor, past: PastVolumes, grid: VoxelGrid,
+                top_k: int | None = None) -> tuple[Tensor, Tensor]:
         """Fuse a volume with its history.
 
         Args:
             volume: [B, C, Z, Y, X] current features; not copied if it is channels-last.
             logits: [B, X, Y, Z, K] detached stage logits.
             occupied: [B, Z, Y, X] occupied probability of the stage.
-            history: [B, V, T * C] of the previous frame, see :class:`TemporalMemory`; None before the first frame.
-                Brought to the dtype of the new one if it has another.
+            past: Of :meth:`prepare`, called for this frame.
             grid: Voxel grid of the stage.
-            starts: Whether a sequence starts, for each of the B slots.
-            index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume, see
-                :func:`~mmdet3d.models.temporal.volume_warp.previous_index_from_index` and :meth:`index_matrices`.
             top_k: Number of foreground voxels, instead of the constructor's.
-            history_out: Contiguous [B, V, T * C] to write the new history to, in memory of its own, without gradient.
-                The backward pass reads it, so it may be written again only after that. None for a new tensor.
-            warped: :meth:`warp_history` of ``history``, if it was called before; ``history_out`` is not used then.
 
         Returns:
             The fused volume [B, C, Z, Y, X], channels-last in memory, and the new history [B, V, T * C] without
@@ -111,39 +119,54 @@ class SparseFusion(BaseModule):
             history is the current volume, with gradient, in every slot.
 
         Raises:
-            ValueError: the grid has fewer than ``top_k`` voxels, or ``history_out`` does not fit.
+            ValueError: the grid has fewer than ``top_k`` voxels.
         """
         top_k = self.top_k if top_k is None else top_k
         if top_k > grid.num_voxels:
             raise ValueError(f"top_k={top_k} exceeds the {grid.num_voxels} voxels of the stage")
-        if history_out is not None and (history_out.requires_grad or not history_out.is_contiguous()):
-            raise ValueError("history_out must be contiguous and must not require a gradient")
         current = volume.flatten(2).transpose(1, 2).contiguous()  # [B, V, C]
         embedding = self.occ_embedding(logits.permute(0, 3, 2, 1, 4).flatten(0, 3))
-        if history is not None:
-            history = history.to(_history_dtype(volume))
         foreground, background = self._select(occupied.flatten(1), top_k)
-        if warped is None:
-            new, oldest = self._warp(current, history, grid.size_zyx, starts, index_matrix, foreground, history_out)
-        else:
-            last = history.unflatten(2, (self.history_num, self.channels))[:, :, -1:]
-            new, oldest = warped, history_warp(last, index_matrix, grid.size_zyx, oldest_at=foreground)[1]
-        fresh = self._restart_gradient(current, grid.size_zyx, starts, index_matrix)
+        new, oldest = self._warp(current, past, grid.size_zyx, foreground)
+        fresh = self._restart_gradient(current, grid.size_zyx, past.starts, past.index_matrix)
         output = self._fuse(current, new, oldest, embedding, fresh, foreground, background)
         new[:, :, 0] = output.detach()
         return output.transpose(1, 2).unflatten(2, grid.size_zyx), new.flatten(2)
 
     @torch.no_grad()
-    def warp_history(self, history: Tensor, grid: VoxelGrid, index_matrix: Tensor, out: Tensor | None) -> Tensor:
-        """What a sequence that goes on needs no volume for: the new history [B, V, T, C] but for its slot 0.
+    def prepare(self, history: Tensor | None, grid: VoxelGrid, starts: Sequence[bool], index_matrix: Tensor,
+                out: Tensor | None = None) -> PastVolumes:
+        """Do the part of :meth:`forward` that needs no features: warp the history where every sequence goes on.
 
         Args:
-            history, grid, index_matrix: As for :meth:`forward`; the history in the dtype of the new one.
-            out: ``history_out`` of :meth:`forward`.
+            history: [B, V, T * C] of the previous frame, see :class:`TemporalMemory`; None before the first frame.
+            grid: Voxel grid of the stage.
+            starts: Whether a sequence starts, for each of the B slots.
+            index_matrix: [B, 4, 4] voxel index now to voxel index in the previous frame's volume, see
+                :func:`~mmdet3d.models.temporal.volume_warp.previous_index_from_index` and :meth:`index_matrices`.
+            out: Contiguous [B, V, T * C] to write the new history to, in memory of its own, without gradient. The
+                backward pass reads it, so it may be written again only after that. None for a new tensor.
+
+        Raises:
+            ValueError: ``out`` does not fit.
         """
+        if out is not None and (out.requires_grad or not out.is_contiguous()):
+            raise ValueError("the tensor for the new history must be contiguous and must not require a gradient")
         slots = (self.history_num, self.channels)
-        return history_warp(history.unflatten(2, slots), index_matrix, grid.size_zyx,
-                            out=None if out is None else out.unflatten(2, slots))[0]
+        new = None if out is None else out.unflatten(2, slots)
+        if history is None:
+            return PastVolumes(None, index_matrix, tuple(starts), new)
+        history = history.to(self._history_dtype()).unflatten(2, slots)
+        past = PastVolumes(history, index_matrix, tuple(starts), torch.empty_like(history) if new is None else new)
+        if past.goes_on:
+            history_warp(history, index_matrix, grid.size_zyx, out=past.new)
+        return past
+
+    def _history_dtype(self) -> torch.dtype:
+        """Dtype of a new history: that of autocast; without it at least float32."""
+        weight = self.occ_embedding[0].weight
+        dtype = working_dtype(weight)
+        return dtype if torch.is_autocast_enabled(weight.device.type) else torch.promote_types(dtype, torch.float32)
 
     def index_matrices(self, grids: Sequence[VoxelGrid], starts: Sequence[bool], bda: Tensor,
                        previous_bda: Tensor | None, previous_ego_from_ego: Tensor) -> Tensor:
@@ -174,22 +197,21 @@ class SparseFusion(BaseModule):
         return foreground, (1 - occupied).topk(occupied.shape[1] - top_k, sorted=False).indices
 
     @torch.no_grad()
-    def _warp(self, current: Tensor, history: Tensor | None, size_zyx: tuple[int, int, int], starts: Sequence[bool],
-              index_matrix: Tensor, foreground: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _warp(self, current: Tensor, past: PastVolumes, size_zyx: tuple[int, int, int], foreground: Tensor
+              ) -> tuple[Tensor, Tensor]:
         """New history [B, V, T, C], slot 0 to be filled, and what leaves it, at the foreground voxels [B, K, C]."""
-        slots = (self.history_num, self.channels)
-        dtype = _history_dtype(current)
-        new = current.new_empty(*current.shape[:2], *slots, dtype=dtype) if out is None else out.unflatten(2, slots)
-        past = None if history is None else history.unflatten(2, slots)
-        if past is not None and not any(starts):
-            return history_warp(past, index_matrix, size_zyx, oldest_at=foreground, out=new)
+        history, matrix = past.history, past.index_matrix
+        if past.goes_on:
+            return past.new, history_warp(history[:, :, -1:], matrix, size_zyx, oldest_at=foreground)[1]
+        slots, dtype = (self.history_num, self.channels), self._history_dtype()
+        new = current.new_empty(*current.shape[:2], *slots, dtype=dtype) if past.new is None else past.new
         own = current.detach().to(dtype)[:, :, None].expand(-1, -1, *slots)  # its own past: one volume for all slots
-        if past is None or all(starts):
-            return history_warp(own, index_matrix, size_zyx, oldest_at=foreground, out=new)
+        if history is None or all(past.starts):
+            return history_warp(own, matrix, size_zyx, oldest_at=foreground, out=new)
         oldest = []
-        for b, start in enumerate(starts):
+        for b, start in enumerate(past.starts):
             one = slice(b, b + 1)
-            oldest.append(history_warp(own[one] if start else past[one], index_matrix[one], size_zyx,
+            oldest.append(history_warp(own[one] if start else history[one], matrix[one], size_zyx,
                                        oldest_at=foreground[one], out=new[one])[1])
         return new, torch.cat(oldest)
 

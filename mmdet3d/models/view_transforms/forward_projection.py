@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -11,11 +11,10 @@ from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
 from mmdet3d.models.view_transforms.feature_reuse import CACHED, NO_REUSE, FeatureReuse
-from mmdet3d.models.view_transforms.geometry import CameraFrame, LiftGeometry, split_frames
-from mmdet3d.models.view_transforms.lift_splat import PoolTargets
+from mmdet3d.models.view_transforms.geometry import CameraFrame, LiftGeometry, camera_frames
 from mmdet3d.registry import NECKS, build
-from mmdet3d.structures import FrameCache
-from mmdet3d.utils.beside import Beside
+from mmdet3d.structures import CameraInputs, FrameCache
+from mmdet3d.utils.normalise import normalise_images
 from mmdet3d.utils.precision import full_precision
 
 
@@ -109,51 +108,37 @@ class BEVDetStereoForwardProjection(BaseModule):
 
     @torch.no_grad()
     @full_precision
-    def geometry(self, img_inputs: Sequence[Tensor]) -> LiftGeometry:
-        """Geometry of the lifted frames, on the device of the matrices (best the CPU).
-
-        Args:
-            img_inputs: The six tensors of a sample: images [B, N * F, 3, H, W] camera-major, sensor2ego, ego2global,
-                intrinsics and post_aug [B, F * N, 4, 4] frame-major, bda [B, 4, 4]; F = 3 frames, newest first.
+    def geometry(self, inputs: CameraInputs) -> LiftGeometry:
+        """Geometry of the lifted frames, on the CPU.
 
         Returns:
             That of the L lifted frames one after the other, the key frame **last**, as L * B samples.
-
-        Raises:
-            ValueError: the tensors do not fit, see :func:`split_frames`.
         """
-        transform = self.img_view_transformer
-        _, cameras = split_frames(tuple(img_inputs), self.num_cams, self.num_frames, transform.input_size)
+        cameras = camera_frames(inputs)
         lifted = [cameras[1], cameras[0]] if self.with_prev else [cameras[0]]
         poses = [(cameras[0] if self.legacy_adjacent_extrinsics else camera).key_ego_from_camera for camera in lifted]
-        return transform.geometry(CameraFrame.stack(lifted), torch.cat(poses), img_inputs[5].repeat(len(lifted), 1, 1))
-
-    def newest_pictures(self, images: Tensor) -> Tensor:
-        """[B, N, 3, H, W] view of those of the newest frame, of images as :meth:`forward` takes them."""
-        return images[:, :: self.num_frames]
+        return self.img_view_transformer.geometry(CameraFrame.stack(lifted), torch.cat(poses),
+                                                  inputs.bda.repeat(len(lifted), 1, 1))
 
     def newest_alone(self, reuse: FeatureReuse) -> bool:
-        """Whether of all pictures only those of the newest frame go through the network."""
+        """True if only the images of the newest frame need to go through the network."""
         return self._frames_to_compute(reuse, 2 if self.with_prev else 1) == ([0], [])
 
     def forward(self, images: Tensor, geometry: LiftGeometry, reuse: FeatureReuse = NO_REUSE,
-                cache: FrameCache | None = None, newest: FrameFeatures | None = None,
-                targets: Beside[PoolTargets] | None = None) -> ForwardFeatures:
+                cache: FrameCache | None = None, newest: FrameFeatures | None = None) -> ForwardFeatures:
         """Voxel features, depth and context of one sample per batch slot.
 
         Args:
-            images: [B, N * F, 3, H, W] camera-major, F = 3 frames, newest first.
+            images: [B, N, F, 3, H, W], F = 3 frames, newest first; see :class:`CameraInputs`.
             geometry: That of the lifted frames, see :meth:`geometry`, on the device of the images.
             reuse: In evaluation without gradient: which features are there already.
             cache: Where those of the sample before are.
-            newest: :meth:`frame_features` of :meth:`newest_pictures` (with B and N as one axis), for evaluation, if
-                they were computed before; only where :meth:`newest_alone` says so. The images are not read then.
-            targets: ``pool_targets`` of the view transform for this geometry, for evaluation, if they were begun
-                before.
+            newest: :meth:`frame_features` of the images of the newest frame (with B and N as one axis), for evaluation,
+                if they were computed before; only where :meth:`newest_alone` says so. The images are not read then.
         """
-        frames = [frame.flatten(0, 1) for frame in images.unflatten(1, (self.num_cams, self.num_frames)).unbind(2)]
+        frames = [frame.flatten(0, 1) for frame in images.unbind(2)]  # F x [B * N, 3, H, W]
         lift = self._lift_one_by_one if self.training or torch.is_grad_enabled() else self._lift_together
-        volume, depth, context, features = lift(frames, geometry, reuse, cache, newest, targets)
+        volume, depth, context, features = lift(frames, geometry, reuse, cache, newest)
         volumes = self.img_bev_encoder_backbone(volume)
         if hasattr(self, "adjust_channel_conv"):
             context = self.adjust_channel_conv(context)
@@ -164,7 +149,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         """Frame after frame, the key frame with gradient; in training each with batch statistics of its own."""
         batch = len(images[0]) // self.num_cams
         with torch.no_grad():
-            oldest_stereo = self.img_backbone.first_stage(images[2]) if self.with_prev else None
+            oldest_stereo = self.img_backbone.first_stage(normalise_images(images[2])) if self.with_prev else None
             earlier = self.frame_features(images[1])
             earlier_volume = None
             if self.with_prev:
@@ -178,7 +163,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         return torch.cat([earlier_volume, volume], 1), depth, context, None
 
     def _lift_together(self, images: list[Tensor], geometry: LiftGeometry, reuse: FeatureReuse,
-                       cache: FrameCache | None, newest: FrameFeatures | None, targets: Beside[PoolTargets] | None
+                       cache: FrameCache | None, newest: FrameFeatures | None
                        ) -> tuple[Tensor, Tensor, Tensor, KeyFeatures | None]:
         """Both frames in one pass through the depth net, with what is there already."""
         transform, entries = self.img_view_transformer, len(images[0])
@@ -187,7 +172,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         matches = self._matches(frames, geometry, reuse, cache, lifted)
         neck = torch.cat([frames[f].neck for f in reversed(range(lifted))])
         matching = torch.cat(matches[::-1]) if matches else None
-        volume, depth, context = transform.lift_splat(neck, matching, geometry, targets, lifted)
+        volume, depth, context = transform.lift_splat(neck, matching, geometry, lifted)
         if lifted == 1:
             volume = torch.cat([torch.zeros_like(volume), volume], 1)
         features = KeyFeatures(*frames[0], matches[0] if matches else None) if reuse.remember else None
@@ -213,7 +198,7 @@ class BEVDetStereoForwardProjection(BaseModule):
 
     def _batch_features(self, images: list[Tensor], full: int) -> list[FrameFeatures]:
         """Features of frames in one pass, the neck for the first ``full`` ones."""
-        stereo = self.img_backbone.first_stage(torch.cat(images) if len(images) > 1 else images[0])
+        stereo = self.img_backbone.first_stage(normalise_images(torch.cat(images) if len(images) > 1 else images[0]))
         entries, necks = len(images[0]), ()
         if full:
             neck = self.img_neck(self.img_backbone.later_stages(stereo[: full * entries]))
@@ -237,7 +222,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         return matches
 
     def frame_features(self, images: Tensor) -> FrameFeatures:
-        """Stereo feature (first backbone output) and neck feature of images [M, 3, H, W]."""
-        stereo, *deep = self.img_backbone(images)
+        """Stereo feature (first backbone output) and neck feature of images [M, 3, H, W], pixels or normalised."""
+        stereo, *deep = self.img_backbone(normalise_images(images))
         neck = self.img_neck(deep)
         return FrameFeatures(stereo, neck[0] if isinstance(neck, list | tuple) else neck)

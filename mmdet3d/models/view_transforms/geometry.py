@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmdet3d.ops.plane_sweep import SweepGeometry
+from mmdet3d.structures import CameraInputs
 from mmdet3d.utils.remember import remembered
 
 
@@ -65,63 +66,27 @@ class LiftGeometry(NamedTuple):
         return LiftGeometry(*(tensor[start : start + count] for tensor in self[:3]), sweep)
 
 
-def split_frames(img_inputs: tuple[Tensor, ...], num_cams: int, num_frames: int,
-                 image_size: tuple[int, int] | None = None) -> tuple[list[Tensor], list[CameraFrame]]:
-    """Images and cameras of each frame, newest first.
+def camera_frames(inputs: CameraInputs) -> list[CameraFrame]:
+    """Cameras of each of the F frames, newest first.
 
     Relative poses are formed in float64, because global translations are large, and returned as float32. The key ego
     is the ego frame at the time of camera 0 of the newest frame.
-
-    Args:
-        img_inputs: images [B, N * F, 3, H, W] camera-major; sensor2ego, ego2global, intrinsics and post_aug
-            [B, F * N, 4, 4] frame-major; bda [B, 4, 4].
-        num_cams: N.
-        num_frames: F.
-        image_size: (H, W) that the images must have; None for any.
-
-    Returns:
-        F images [B, N, 3, H, W] and F cameras.
-
-    Raises:
-        ValueError: these are not six tensors, one does not hold N * F entries, the tensors do not agree in B, or the
-            images have another size.
     """
-    if len(img_inputs) != 6:
-        raise ValueError("img_inputs must hold six tensors (images, sensor2ego, ego2global, intrinsics, post_aug, "
-                         f"bda), got {len(img_inputs)}")
-    images, ego_from_camera, global_from_ego, intrinsics, post_aug = img_inputs[:5]
-    batch = images.shape[0]
-    total = num_cams * num_frames
-    if images.dim() != 5 or images.shape[1] != total:
-        raise ValueError(f"img_inputs[0] (images) must be [B, {total} = {num_cams} cameras x {num_frames} frames, 3, "
-                         f"H, W], got {tuple(images.shape)}")
-    if image_size is not None and images.shape[2:] != (3, *image_size):
-        raise ValueError(f"img_inputs[0] (images) must have 3 channels and the model's input_size (H, W) = "
-                         f"{tuple(image_size)}, got {tuple(images.shape)} [B, N * F, 3, H, W]")
-    if img_inputs[5].shape != (batch, 4, 4):
-        raise ValueError(f"img_inputs[5] (bda) must be {(batch, 4, 4)}, got {tuple(img_inputs[5].shape)}")
-    names = ("sensor2ego", "ego2global", "intrinsics", "post_aug")
-    for position, (name, matrix) in enumerate(zip(names, img_inputs[1:5], strict=True), 1):
-        if matrix.shape != (batch, total, 4, 4):
-            raise ValueError(f"img_inputs[{position}] ({name}) must be {(batch, total, 4, 4)}, "
-                             f"got {tuple(matrix.shape)}")
-    pictures = images.unflatten(1, (num_cams, num_frames)).unbind(2)
-    frames = (num_frames, num_cams)
-    global_from_ego = global_from_ego.unflatten(1, frames).double()
-    global_from_camera = global_from_ego @ ego_from_camera.unflatten(1, frames).double()  # [B, F, N, 4, 4]
+    global_from_ego = inputs.global_from_ego.double()
+    global_from_camera = global_from_ego @ inputs.ego_from_sensor.double()  # [B, F, N, 4, 4]
     key_ego_from_global = torch.linalg.inv(global_from_ego[:, 0, :1])  # [B, 1, 4, 4]
     key_ego_from_camera = (key_ego_from_global[:, None] @ global_from_camera).float()
     older_from_newer = (torch.linalg.inv(global_from_camera[:, 1:]) @ global_from_camera[:, :-1]).float()
-    cameras = [
+    num_frames = global_from_ego.shape[1]
+    return [
         CameraFrame(
             key_ego_from_camera=key_ego_from_camera[:, f],
             older_camera_from_camera=older_from_newer[:, f] if f + 1 < num_frames else None,
-            intrinsics=intrinsics.unflatten(1, frames)[:, f],
-            post_aug=post_aug.unflatten(1, frames)[:, f],
+            intrinsics=inputs.intrinsics[:, f],
+            post_aug=inputs.post_aug[:, f],
         )
         for f in range(num_frames)
     ]
-    return list(pictures), cameras
 
 
 def camera_vector(camera: CameraFrame, key_ego_from_camera: Tensor, bda: Tensor) -> Tensor:

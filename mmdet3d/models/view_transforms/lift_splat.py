@@ -54,10 +54,10 @@ def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = Tr
 
 
 class PoolTargets(NamedTuple):
-    """Voxel index [B, N, D, h, w] of every frustum point, and the points in the order of their voxels, if known."""
+    """Voxel index [B, N, D, h, w] of every frustum point, and the points in the order of their voxels."""
 
     cells: Tensor
-    order: PoolOrder | None = None
+    order: PoolOrder
 
 
 @NECKS.register_module()
@@ -142,16 +142,17 @@ class LSSForwardProjection(BaseModule):
         """
         return self.lift_splat(feature, None, geometry)
 
-    def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry,
-                   targets: Beside[PoolTargets] | None = None, frames: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry, frames: int = 1
+                   ) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`forward`, with an optional stereo matching [B * N, D, h, w] for the depth.
 
-        ``targets`` is :meth:`pool_targets` of the geometry, if it was begun before. The samples are ``frames`` times B,
-        frame after frame, whose volumes are joined to [B, frames * C, Z, Y, X]; more than one in the dtype of autocast.
+        The samples are ``frames`` times B, frame after frame, whose volumes are joined to [B, frames * C, Z, Y, X];
+        more than one in the dtype of autocast.
         """
+        targets = Beside(lambda: self.pool_targets(geometry))
         logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), matching)
         depth = logits.softmax(1)
-        cells, order = PoolTargets(self._cells(geometry)) if targets is None else targets.get()
+        cells, order = targets.get()
         per_camera = cells.shape[:2]
         inputs = depth.unflatten(0, per_camera), context.unflatten(0, per_camera).permute(0, 1, 3, 4, 2), cells
         if frames == 1:

@@ -3,6 +3,7 @@
 import torch
 
 import mmdet3d.models.attention  # noqa: F401  (registers the modules)
+from mmdet3d.models.attention.backward_projection import height_mean
 from mmdet3d.registry import build
 
 X, Y, Z, CLASSES, CHANNELS, CAMS, BATCH, BINS, FEATURE = 6, 4, 2, 3, 8, 2, 2, 5, (2, 3)
@@ -40,7 +41,7 @@ def make(encoder=(), **options):
 
 
 def inputs(seed=0, coarse=True, previous=True):
-    """Arguments of the module's forward."""
+    """Arguments of :func:`call` beside the module."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -58,6 +59,12 @@ def inputs(seed=0, coarse=True, previous=True):
             "previous_flips": torch.zeros(BATCH, 2, dtype=torch.bool),
             "bda": torch.eye(4).expand(BATCH, 4, 4), "starts": torch.tensor([False, True]),
             "shift": torch.tensor([[0.06, -0.08], [0, 0]]), "image_from_augmented": image_from_ego}
+
+
+def call(module, volume, previous_volume, previous_flips, bda, shift, image_from_augmented, starts, **arguments):
+    """The module on :func:`inputs`."""
+    setup = module.setup(previous_volume, previous_flips, bda, shift, image_from_augmented)
+    return module(height_mean(volume), starts=starts, setup=setup, **arguments)
 
 
 def flips(x, y):

@@ -18,7 +18,7 @@ def prepared(arguments, **options):
     module, seen = stage.make(**options), {}
     module.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     with torch.no_grad():
-        module(**arguments)
+        stage.call(module, **arguments)
     return seen
 
 
@@ -115,7 +115,7 @@ def test_no_gradient_into_the_past():
     arguments["volume"].requires_grad_()
     arguments["context"].requires_grad_()
     module = stage.make()
-    bev, logits = module(**arguments)
+    bev, logits = stage.call(module, **arguments)
     (bev.square().sum() + logits.square().sum()).backward()
     assert arguments["volume"].grad.abs().sum() > 0 and arguments["context"].grad.abs().sum() > 0
     without = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()]
@@ -128,9 +128,9 @@ def test_samples_are_independent_when_the_batch_quirks_are_off():
     module = stage.make({"transformerlayers": encoder})
     arguments = stage.inputs()
     with torch.no_grad():
-        together = module(**arguments)
+        together = stage.call(module, **arguments)
         for b in range(BATCH):
-            alone = module(**{name: value[b : b + 1] for name, value in arguments.items()})
+            alone = stage.call(module, **{name: value[b : b + 1] for name, value in arguments.items()})
             for mine, theirs in zip(alone, together, strict=True):
                 torch.testing.assert_close(mine, theirs[b : b + 1], atol=1e-5, rtol=1e-4)
 

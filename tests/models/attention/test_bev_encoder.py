@@ -51,7 +51,7 @@ class Trace:
             lambda _, args, output: self.predictions.append((args[0], output))))
         hooks.append(encoder.register_forward_pre_hook(
             lambda _, args, kwargs: self.encoder_inputs.update(kwargs), with_kwargs=True))
-        self.bev, self.logits = module(**arguments)
+        self.bev, self.logits = stage.call(module, **arguments)
         for hook in hooks:
             hook.remove()
 

@@ -41,11 +41,12 @@ def test_inference_under_autocast():
     model = build()
     batch = training_batch(0)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        result, memory = model.predict(batch["img_inputs"], batch["img_metas"])
-    assert result["occ_results"].any()
+        prediction, _ = model.run(batch["img_inputs"], batch["img_metas"])
+    memory = prediction.memory
+    assert model.decode(prediction)[0].any()
     assert all(history.dtype == torch.bfloat16 for history in memory.histories)
     with torch.no_grad():  # and on without
-        _, memory = model.predict(batch["img_inputs"], batch["img_metas"], memory)
+        memory = model.run(batch["img_inputs"], batch["img_metas"], memory)[0].memory
     assert all(history.dtype == torch.float32 for history in memory.histories)
 
 

@@ -8,7 +8,7 @@ import tiny_model as tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdet3d.models.detectors.frame_plan import map_tensors, matrices_on_host
+from mmdet3d.models.detectors.frame_plan import map_tensors
 
 REFUSED = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique", "aten._unique2",
            "aten.is_nonzero", "aten.equal", "aten.lift_fresh")  # the last: numbers of the host made a tensor
@@ -32,6 +32,12 @@ def model():
     return tiny.build()
 
 
+def plan_of(model, frame, memory=None):
+    """The plan of (img_inputs, img_metas)."""
+    inputs, metas = frame
+    return model.plan(model.camera_inputs(inputs), model.frame_meta(metas), memory)
+
+
 def leaves(plan):
     tensors = []
     map_tensors(lambda tensor: tensors.append(tensor) or tensor, (plan.lifts, plan.stages))
@@ -45,10 +51,10 @@ def test_the_device_part_reads_nothing_back(model):
             inputs, metas = tiny.frame(step)
             for b, meta in enumerate(metas):
                 meta.update(noise_seed=7 * step + b, image_keys=(step, step - 1, step - 2))
-            plan = model.plan(inputs, metas, memory)
+            plan = plan_of(model, (inputs, metas), memory)
             with Observer():
-                prediction, _ = model.compute(inputs[0], plan, memory)
-                model.outputs(prediction)
+                prediction, _ = model.compute(model.camera_inputs(inputs).images, plan, memory)
+                model.decode(prediction)
             memory = prediction.memory
 
 
@@ -58,13 +64,13 @@ def test_run_is_the_plan_and_its_computation(model):
         torch.manual_seed(0)
         expected, _ = model.run(inputs, metas)
         torch.manual_seed(0)
-        found, _ = model.compute(inputs[0], model.plan(inputs, metas, None), None)
+        found, _ = model.compute(model.camera_inputs(inputs).images, plan_of(model, (inputs, metas)), None)
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
 
 
 def test_all_tensors_lie_in_one_buffer(model):
     inputs, metas = tiny.frame(0)
-    plan = model.plan(inputs, metas, None)
+    plan = plan_of(model, (inputs, metas))
     start, end = plan.buffer.data_ptr(), plan.buffer.data_ptr() + len(plan.buffer)
     places = sorted((t.data_ptr(), t.numel() * t.element_size()) for t in leaves(plan))
     assert places[0][0] >= start and places[-1][0] + places[-1][1] <= end
@@ -77,34 +83,36 @@ def test_all_tensors_lie_in_one_buffer(model):
 
 
 def test_a_plan_can_be_loaded_into_the_place_of_another(model):
-    first, second = (model.plan(*tiny.frame(step), None) for step in range(2))
+    first, second = (plan_of(model, tiny.frame(step)) for step in range(2))
     expected = [t.clone() for t in leaves(second)]
     places = [t.data_ptr() for t in leaves(first)]
     loaded = first.load(second)
     assert [t.data_ptr() for t in leaves(loaded)] == places and loaded.meta is second.meta
     assert all(torch.equal(a, b) for a, b in zip(leaves(loaded), expected, strict=True))
-    other = model.plan(*tiny.frame(0, batch=1), None)
+    other = plan_of(model, tiny.frame(0, batch=1))
     with pytest.raises(ValueError, match=r"the plan holds \d+ bytes and cannot take one of \d+"):
         first.load(other)
 
 
 def test_signatures_tell_frames_apart_that_run_differently(model):
-    plans = [model.plan(*tiny.frame(1, starts=list(starts)), None) for starts in ((False, False), (False, True))]
+    plans = [plan_of(model, tiny.frame(1, starts=list(starts))) for starts in ((False, False), (False, True))]
     assert plans[0].signature != plans[1].signature
-    assert plans[0].signature == model.plan(*tiny.frame(2, starts=[False, False]), None).signature
+    assert plans[0].signature == plan_of(model, tiny.frame(2, starts=[False, False])).signature
     assert len({plan.signature for plan in plans}) == 2
 
 
-def test_matrices_on_the_host_stay_as_they_are():
+def test_matrices_on_the_host_stay_where_they_are(model):
     inputs, _ = tiny.frame(0)
-    assert all(a is b for a, b in zip(matrices_on_host(inputs), inputs[1:], strict=True))
+    given = model.camera_inputs(inputs)
+    named = (given.ego_from_sensor, given.global_from_ego, given.intrinsics, given.post_aug, given.bda)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(named, inputs[1:], strict=True))
 
 
 def test_values_of_the_stages(model):
     with torch.no_grad():
         memory = model.run(*tiny.frame(0))[0].memory
     inputs, metas = tiny.frame(1, starts=[True, False])
-    stages = model.plan(inputs, metas, memory).stages
+    stages = plan_of(model, (inputs, metas), memory).stages
     assert stages.start_mask.tolist() == [True, False]
     # The second slot is mirrored along x at step 1 alone; its flip is new, whether or not it starts.
     assert stages.previous_flips.tolist() == [[False, False], [True, False]]
@@ -119,7 +127,7 @@ def test_values_of_the_stages(model):
 
 
 def test_without_memory_the_frame_is_compared_with_itself(model):
-    stages = model.plan(*tiny.frame(1), None).stages
+    stages = plan_of(model, tiny.frame(1)).stages
     assert not stages.previous_flips.any() and not stages.shift.any()
 
 
@@ -127,15 +135,16 @@ def test_without_memory_the_frame_is_compared_with_itself(model):
 def test_matrices_on_a_gpu_serve_and_the_frame_waits_for_nothing():
     model = tiny.build().cuda()
     inputs, metas = tiny.frame(0)
-    host = model.plan(inputs, metas, None)
-    assert torch.equal(model.plan([t.cuda() for t in inputs], metas, None).buffer, host.buffer)
-    images, plan = inputs[0].cuda(), dataclasses.replace(host, buffer=host.buffer.pin_memory()).to("cuda")
+    host = plan_of(model, (inputs, metas))
+    assert torch.equal(plan_of(model, ([t.cuda() for t in inputs], metas)).buffer, host.buffer)
+    images = model.camera_inputs(inputs).images.cuda()
+    plan = dataclasses.replace(host, buffer=host.buffer.pin_memory()).to("cuda")
     with torch.no_grad():
         model.compute(images, plan, None)  # cuDNN and others set up
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             prediction, _ = model.compute(images, plan, None)
-            model.outputs(prediction)
+            model.decode(prediction)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mmdet3d.models import build_model
 from mmdet3d.models.attention.backward_projection import ego_shift
+from mmdet3d.models.detectors.prediction import result_dict
 from mmdet3d.utils.checkpoint import load_checkpoint, save_checkpoint
 
 B, X, Y, Z, K = tiny.BATCH, tiny.X, tiny.Y, tiny.Z, tiny.CLASSES
@@ -92,7 +93,7 @@ def test_the_unchanged_tiny_config_runs():
 
 def test_without_a_flow_head_the_flow_is_zero():
     model = tiny.build(flow_head=None)
-    result, _ = model.predict(*tiny.frame(0))
+    result, = simple_test(model, 0)
     assert result["flow_results"].shape == (B, 2 * X, 2 * Y, 2 * Z, 2) and not result["flow_results"].any()
     assert not any(key.startswith("flow_head") for key in model.state_dict())
 
@@ -133,15 +134,16 @@ def test_results_do_not_need_gradients_to_be_off(model):
     with torch.enable_grad():
         prediction, _ = model.run(inputs, metas)
         assert prediction.flow.requires_grad
-        result = model.results(prediction, metas)
-    assert isinstance(result["flow_results"], np.ndarray)
+        semantics, flow = model.decode(prediction)
+    assert not semantics.requires_grad and not flow.requires_grad
+    assert isinstance(result_dict(semantics, flow, [0, 1])["flow_results"], np.ndarray)
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda inputs, metas: (inputs, metas[:1]),
-     "one dict of img_metas per sample, got 6 img_inputs of 2 samples and 1"),
+     "one dict of img_metas per sample, got img_inputs of 2 samples and 1 img_metas"),
     (lambda inputs, metas: (inputs[:5], metas), "expected six img_inputs .*got 5 img_inputs"),
-    (lambda inputs, metas: ([], metas), "expected six img_inputs .*got 0 img_inputs and 2 img_metas"),
+    (lambda inputs, metas: ([], metas), "expected six img_inputs .*got 0 img_inputs"),
     (lambda inputs, metas: ([inputs[0][..., :160], *inputs[1:]], metas),
      r"input_size \(H, W\) = \(64, 176\), got \(2, 6, 3, 64, 160\)"),
     (lambda inputs, metas: ([*inputs[:5], inputs[5][:1]], metas), r"\(bda\) must be \(2, 4, 4\), got \(1, 4, 4\)"),
@@ -171,7 +173,7 @@ def test_what_the_stages_hand_to_each_other(model):
         volume = features.volumes[s]
         if coarse is not None:
             volume = volume + F.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
-        torch.testing.assert_close(given[0], volume)
+        torch.testing.assert_close(given[0], volume.mean(2))
         assert given[3] is None if logits is None else torch.equal(given[3], logits)
         occupied = (1 - stage.softmax(-1)[..., -1]).permute(0, 3, 2, 1)
         torch.testing.assert_close(fused_args[0], volume + bev.unsqueeze(2) * occupied.unsqueeze(1))
@@ -184,10 +186,10 @@ def test_what_the_stages_hand_to_each_other(model):
 
 def test_displacement_since_the_frame_before(model):
     seen = []
-    hook = model.backward_projection_list[0].register_forward_pre_hook(lambda _, args: seen.append(args[8]))
     memory = run(model).memory
-    run(model, 3, memory, starts=[False, True])
-    hook.remove()
+    for step, previous, options in ((0, None, {}), (3, memory, {"starts": [False, True]})):
+        inputs, metas = tiny.frame(step, **options)
+        seen.append(model.plan(model.camera_inputs(inputs), model.frame_meta(metas), previous).stages.shift)
     assert not seen[0].any() and seen[0].dtype == torch.float32
     moved = torch.tensor([[2.4, 0, 0], [0, 0, 0]], dtype=torch.float64)
     yaw = torch.tensor([0.0, 0.1], dtype=torch.float64)
@@ -206,19 +208,20 @@ def test_passing_the_memory_on_equals_the_models_own_state(model):
         result, = model.simple_test(None, metas, img_inputs=inputs)
         kept = model.memory
         torch.manual_seed(step)
-        explicit, memory = model.predict(inputs, metas, memory)
+        prediction, _ = model.run(inputs, metas, memory)
+        (semantics, flow), memory = model.decode(prediction), prediction.memory
         assert model.memory is kept
-        np.testing.assert_array_equal(result["occ_results"], explicit["occ_results"])
-        np.testing.assert_array_equal(result["flow_results"], explicit["flow_results"])
+        np.testing.assert_array_equal(result["occ_results"], semantics)
+        np.testing.assert_array_equal(result["flow_results"], flow)
         assert all(torch.equal(a, b) for a, b in zip(memory.histories, kept.histories, strict=True))
 
 
-def test_predict_leaves_the_models_memory_alone(model):
+def test_run_leaves_the_models_memory_alone(model):
     simple_test(model, 0)
     memory = model.memory
     before = memory.clone()
-    model.predict(*tiny.frame(1), memory)
-    model.predict(*tiny.frame(0))
+    model.run(*tiny.frame(1), memory)
+    model.run(*tiny.frame(0))
     assert model.memory is memory
     for name in ("bda", "sequence_ids", "ego_translation"):
         assert torch.equal(getattr(memory, name), getattr(before, name))
@@ -317,6 +320,8 @@ def test_a_checkpoint_restores_the_model(model, tmp_path):
 def test_cascade_runs_on_precomputed_features(model):
     inputs, metas = tiny.frame(0)
     prediction = run(model)
-    features = model.forward_projection(inputs[0], model.forward_projection.geometry(inputs))
+    given = model.camera_inputs(inputs)
+    features = model.forward_projection(given.images, model.forward_projection.geometry(given))
     torch.manual_seed(0)
-    assert_same(model.cascade(features, model.plan_stages(metas, inputs[5], None), None), prediction)
+    plan = model.plan_stages(model.frame_meta(metas), given.bda, None)
+    assert_same(model.cascade(features, plan, None), prediction)

@@ -5,7 +5,6 @@ import tiny_model as tiny
 import torch
 
 from mmdet3d.models.view_transforms.feature_reuse import CACHED
-from mmdet3d.utils.beside import Beside
 
 CAMS, FRAMES = tiny.CAMS, 3
 
@@ -34,6 +33,12 @@ def sample(records, starts, batch=1, keys=True):
 # Two scenes as the data side delivers them: frames that a scene does not have are replaced by the current one.
 SCENES = [((0, 0, 0), True), ((1, 0, 1), False), ((2, 1, 0), False), ((3, 2, 1), False),
           ((7, 7, 7), True), ((8, 7, 8), False), ((9, 8, 7), False)]
+
+
+def plan_of(model, frame, memory=None):
+    """The plan of (img_inputs, img_metas)."""
+    inputs, metas = frame
+    return model.plan(model.camera_inputs(inputs), model.frame_meta(metas), memory)
 
 
 def run(model, keys, batch=1):
@@ -69,7 +74,7 @@ def test_what_the_plans_decide(model):
     with torch.no_grad():
         for records, starts in SCENES[:4]:
             inputs, metas = sample(records, starts)
-            decisions.append(model.plan(inputs, metas, memory).reuse[:2])
+            decisions.append(plan_of(model, (inputs, metas), memory).reuse[:2])
             memory = model.run(inputs, metas, memory)[0].memory
     assert decisions == [((0, 0, 0), (0, 0)), ((0, CACHED, 0), (0, 1)), ((0, CACHED, 2), (0, CACHED)),
                          ((0, CACHED, 2), (0, CACHED))]
@@ -81,7 +86,7 @@ def test_other_cameras_of_the_older_pair_are_matched_again(model):
         inputs, metas = sample((2, 1, 0), False)
         inputs[3] = inputs[3].clone()
         inputs[3][:, :, 0, 0] = 95.0  # another focal length
-        assert model.plan(inputs, metas, memory).reuse.pairs == (0, 1)
+        assert plan_of(model, (inputs, metas), memory).reuse.pairs == (0, 1)
 
 
 def test_the_memory_takes_the_features_along(model):
@@ -95,7 +100,7 @@ def test_the_memory_takes_the_features_along(model):
         assert type(memory).from_state_dict(memory.state_dict()).features is None
         first = memory.narrow(1)
         inputs, metas = sample((2, 1, 0), False)
-        assert model.plan(inputs, metas, first).reuse.frames == (0, CACHED, 2)
+        assert plan_of(model, (inputs, metas), first).reuse.frames == (0, CACHED, 2)
         torch.manual_seed(0)
         reused, _ = model.run(inputs, metas, first)
         torch.manual_seed(0)
@@ -108,9 +113,10 @@ def second_sample(model, batch):
     """Images, plan and memory of a sample whose earlier pictures are known, and its prediction."""
     memory = model.run(*sample((1, 0, -1), False, batch))[0].memory
     inputs, metas = sample((2, 1, 0), False, batch)
-    plan = model.plan(inputs, metas, memory)
+    plan = plan_of(model, (inputs, metas), memory)
     torch.manual_seed(0)
-    return inputs[0], plan, memory, model.compute(inputs[0], plan, memory)[0]
+    images = model.camera_inputs(inputs).images
+    return images, plan, memory, model.compute(images, plan, memory)[0]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -119,8 +125,8 @@ def test_the_newest_pictures_can_go_first(model, batch):
     network = model.forward_projection
     images, plan, memory, expected = second_sample(model, batch)
     assert network.newest_alone(plan.reuse)
-    assert not network.newest_alone(model.plan(*sample((2, 1, 0), False, batch), None).reuse)
-    newest = network.frame_features(network.newest_pictures(images).flatten(0, 1))
+    assert not network.newest_alone(plan_of(model, sample((2, 1, 0), False, batch)).reuse)
+    newest = network.frame_features(images[:, :, 0].flatten(0, 1))
     torch.manual_seed(0)
     found, _ = model.compute(torch.full_like(images, torch.nan), plan, memory, newest=newest)
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
@@ -130,12 +136,12 @@ def test_the_newest_pictures_can_go_first(model, batch):
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_what_needs_no_pictures_can_go_first(model, batch):
-    network = model.forward_projection
     images, plan, memory, expected = second_sample(model, batch)
-    targets = Beside(lambda: network.img_view_transformer.pool_targets(plan.lifts))
-    features = network(images, plan.lifts, plan.reuse, memory.features, targets=targets)
+    stages = model.precompute(plan, memory)
+    assert all(stage.get().past.goes_on for stage in stages)
+    features = model.forward_projection(images, plan.lifts, plan.reuse, memory.features)
     torch.manual_seed(0)
-    found = model.cascade(features, plan, memory, prepared=model._prepare(plan, memory, None))
+    found = model.cascade(features, plan, memory, stages)
     assert torch.equal(found.semantic_logits, expected.semantic_logits) and torch.equal(found.flow, expected.flow)
     for mine, theirs in zip(found.memory.histories, expected.memory.histories, strict=True):
         assert torch.equal(mine, theirs)

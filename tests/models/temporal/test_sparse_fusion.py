@@ -7,6 +7,7 @@ import torch
 from literal_fusion import LiteralFusion
 
 from mmdet3d.models.temporal import SparseFusion
+from mmdet3d.ops.history_warp import history_warp
 from mmdet3d.structures import TemporalMemory, VoxelGrid
 
 GRID = VoxelGrid((-4, -3, -1), (4, 3, 3), (2, 2, 2))
@@ -36,10 +37,11 @@ def step_inputs(step):
             "occupied": torch.rand(BATCH, *SIZE, generator=generator), "bda": bda, "previous_ego_from_ego": poses}
 
 
-def fuse(module, volume, logits, occupied, bda, previous_ego_from_ego, history, starts, previous_bda, **options):
+def fuse(module, volume, logits, occupied, bda, previous_ego_from_ego, history, starts, previous_bda, out=None,
+         **options):
     """The module on the index matrix of the poses."""
     matrix, = module.index_matrices([GRID], starts, bda, previous_bda, previous_ego_from_ego)
-    return module(volume, logits, occupied, history, GRID, starts, matrix, **options)
+    return module(volume, logits, occupied, module.prepare(history, GRID, starts, matrix, out), GRID, **options)
 
 
 def as_volumes(history):
@@ -245,29 +247,32 @@ def test_the_caller_can_bring_the_memory_of_the_new_history(device):
     buffer = torch.full_like(history, 7)
     with torch.no_grad():
         expected, expected_history = one_step(module, device, history)
-        output, new = one_step(module, device, history, history_out=buffer)
+        output, new = one_step(module, device, history, out=buffer)
         assert new.data_ptr() == buffer.data_ptr()
         assert torch.equal(output, expected) and torch.equal(new, expected_history)
-        with pytest.raises(ValueError, match="history_out must be contiguous"):
-            one_step(module, device, history, history_out=buffer.mT)
+        with pytest.raises(ValueError, match="the tensor for the new history must be contiguous"):
+            one_step(module, device, history, out=buffer.mT)
         with pytest.raises(ValueError, match="out must not share memory with history"):
-            one_step(module, device, history, history_out=history)
+            one_step(module, device, history, out=history)
     with pytest.raises(ValueError, match="must not require a gradient"):
-        one_step(module, device, history, history_out=buffer.clone().requires_grad_())
+        one_step(module, device, history, out=buffer.clone().requires_grad_())
 
 
 @torch.no_grad()
-def test_the_history_can_be_warped_before():
+@pytest.mark.parametrize("starts", [(False, False), (False, True), (True, True)])
+def test_what_is_prepared_is_the_history_of_sequences_that_go_on(starts):
+    """Slots but the first are those of the operator; where a sequence starts they are left for the features."""
     module, inputs = make(), step_inputs(1)
-    history = torch.randn(BATCH, VOXELS, SLOTS * CHANNELS)
-    matrix, = module.index_matrices(
-        [GRID], (False, False), inputs.pop("bda"), None, inputs.pop("previous_ego_from_ego"))
-    expected = module(**inputs, history=history, grid=GRID, starts=(False, False), index_matrix=matrix)
-    out = torch.empty_like(history)
-    warped = module.warp_history(history, GRID, matrix, out)
-    found = module(**inputs, history=history, grid=GRID, starts=(False, False), index_matrix=matrix, warped=warped)
-    assert found[1].data_ptr() == out.data_ptr()
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    history, out = (torch.randn(BATCH, VOXELS, SLOTS * CHANNELS) for _ in range(2))
+    matrix, = module.index_matrices([GRID], starts, inputs["bda"], None, inputs["previous_ego_from_ego"])
+    past = module.prepare(history, GRID, starts, matrix, out)
+    assert past.new.data_ptr() == out.data_ptr() and past.goes_on is not any(starts)
+    expected, _ = history_warp(history.unflatten(2, (SLOTS, CHANNELS)), matrix, SIZE)
+    assert torch.equal(past.new[:, :, 1:], expected[:, :, 1:]) is not any(starts)
+    new = module(inputs["volume"], inputs["logits"], inputs["occupied"], past, GRID)[1]
+    assert new.data_ptr() == out.data_ptr()
+    goes_on = [not start for start in starts]
+    assert torch.equal(new.unflatten(2, (SLOTS, CHANNELS))[goes_on][:, :, 1:], expected[goes_on][:, :, 1:])
 
 
 def test_gradients_are_the_same_with_memory_of_the_caller(device):
@@ -275,7 +280,7 @@ def test_gradients_are_the_same_with_memory_of_the_caller(device):
     gradients = []
     for buffer in (None, torch.full_like(history, 7)):
         module.zero_grad()
-        output, new = one_step(module, device, history, history_out=buffer)
+        output, new = one_step(module, device, history, out=buffer)
         assert not new.requires_grad
         output.square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in module.parameters()])

@@ -7,14 +7,19 @@ import torch
 
 from mmdet3d.models.view_transforms.geometry import (
     CameraFrame,
+    camera_frames,
     camera_vector,
     frustum_points,
     frustum_rays,
-    split_frames,
     sweep_geometry,
 )
+from mmdet3d.structures import CameraInputs
 
 BATCH, CAMS, FRAMES, HEIGHT, WIDTH = 2, 4, 3, 5, 7
+
+
+def named(inputs, *image_size):
+    return CameraInputs.from_img_inputs(inputs, CAMS, FRAMES, *image_size)
 
 
 @pytest.fixture
@@ -37,7 +42,8 @@ def inputs(generator):
 
 def test_images_are_camera_major_and_matrices_frame_major(inputs):
     images, _, _, cams, augs, _ = inputs
-    pictures, frames = split_frames(inputs, CAMS, FRAMES)
+    given = named(inputs)
+    pictures, frames = given.images.unbind(2), camera_frames(given)
     assert len(pictures) == len(frames) == FRAMES
     for f in range(FRAMES):
         for n in range(CAMS):
@@ -48,7 +54,7 @@ def test_images_are_camera_major_and_matrices_frame_major(inputs):
 
 def test_poses_are_formed_in_float64(inputs):
     _, poses, world, *_ = inputs
-    _, frames = split_frames(inputs, CAMS, FRAMES)
+    frames = camera_frames(named(inputs))
     sensor, ego = (m.double().numpy().reshape(BATCH, FRAMES, CAMS, 4, 4) for m in (poses, world))
     for b in range(BATCH):
         key = np.linalg.inv(ego[b, 0, 0])  # the ego of camera 0 of the newest frame
@@ -68,28 +74,28 @@ def test_a_wrong_number_of_entries_is_named(inputs, position, name):
     wrong = [*inputs]
     wrong[position] = wrong[position][:, 1:]
     with pytest.raises(ValueError, match=rf"img_inputs\[{position}\] \({name}\) must be .*12.*got .*11"):
-        split_frames(tuple(wrong), CAMS, FRAMES)
+        named(wrong)
 
 
 def test_batches_must_agree(inputs):
     wrong = [*inputs]
     wrong[3] = wrong[3][:1]
     with pytest.raises(ValueError, match=r"\(intrinsics\) must be \(2, 12, 4, 4\), got \(1, 12, 4, 4\)"):
-        split_frames(tuple(wrong), CAMS, FRAMES)
+        named(wrong)
     with pytest.raises(ValueError, match=r"img_inputs\[0\] \(images\) must be \[B, 12 = 4 cameras x 3 frames"):
-        split_frames((inputs[0].flatten(3), *inputs[1:]), CAMS, FRAMES)
+        named((inputs[0].flatten(3), *inputs[1:]))
 
 
 def test_six_tensors_an_image_size_and_one_augmentation_per_sample(inputs):
     batch, total, _, height, width = inputs[0].shape
-    with pytest.raises(ValueError, match=r"img_inputs must hold six tensors \(images, .*bda\), got 5"):
-        split_frames(inputs[:5], CAMS, FRAMES)
+    with pytest.raises(ValueError, match=r"expected six img_inputs \(images, .*bda\), got 5"):
+        named(inputs[:5])
     words = rf"input_size \(H, W\) = \({height}, {width + 1}\), got \({batch}, {total}, 3"
     with pytest.raises(ValueError, match=words):
-        split_frames(inputs, CAMS, FRAMES, (height, width + 1))
-    split_frames(inputs, CAMS, FRAMES, (height, width))
+        named(inputs, (height, width + 1))
+    named(inputs, (height, width))
     with pytest.raises(ValueError, match=rf"img_inputs\[5\] \(bda\) must be \({batch}, 4, 4\), got \({batch}, 3, 3\)"):
-        split_frames((*inputs[:5], inputs[5][:, :3, :3]), CAMS, FRAMES)
+        named((*inputs[:5], inputs[5][:, :3, :3]))
 
 
 def test_the_camera_vector_holds_27_numbers_in_order():
@@ -106,7 +112,7 @@ def test_the_camera_vector_holds_27_numbers_in_order():
 
 
 def test_the_camera_vector_of_a_batch(inputs, generator):
-    _, frames = split_frames(inputs, CAMS, FRAMES)
+    frames = camera_frames(named(inputs))
     bda = rig.stack(lambda: rig.bda(generator, angle=0.4), BATCH, BATCH).float()
     vector = camera_vector(frames[1], frames[0].key_ego_from_camera, bda)
     assert vector.shape == (BATCH, CAMS, 27)

@@ -4,8 +4,9 @@ import camera_rig as rig
 import pytest
 import torch
 
-from mmdet3d.models.view_transforms.geometry import split_frames
+from mmdet3d.models.view_transforms.geometry import camera_frames
 from mmdet3d.registry import build
+from mmdet3d.structures import CameraInputs
 
 BATCH, CAMS, FRAMES, IMAGE = 2, 2, 3, (32, 96)
 SIZE, CONTEXT, CHANNELS = (2, 6), 5, 7
@@ -46,8 +47,13 @@ def module():
     return build_module()
 
 
+def named(inputs, *image_size):
+    return CameraInputs.from_img_inputs(inputs, CAMS, FRAMES, *image_size)
+
+
 def forward(module, inputs):
-    return module(inputs[0], module.geometry(inputs))
+    given = named(inputs)
+    return module(given.images, module.geometry(given))
 
 
 class Calls:
@@ -88,7 +94,7 @@ def test_the_earlier_frames_volume_comes_first(calls):
 
 
 def test_each_frame_is_matched_with_the_one_before(module, calls, inputs):
-    images, cameras = split_frames(inputs, CAMS, FRAMES)
+    images, cameras = named(inputs).images.unbind(2), camera_frames(named(inputs))
     with torch.no_grad():
         features = [module.frame_features(image.flatten(0, 1)) for image in images]
         oldest = module.img_backbone.first_stage(images[2].flatten(0, 1))
@@ -109,7 +115,7 @@ def test_each_frame_is_matched_with_the_one_before(module, calls, inputs):
 def test_own_extrinsics_of_the_earlier_frame(inputs, calls):
     module = build_module(legacy_adjacent_extrinsics=False)
     own = Calls(module, inputs)
-    _, cameras = split_frames(inputs, CAMS, FRAMES)
+    cameras = camera_frames(named(inputs))
     for call, frame in ((0, 1), (1, 0)):
         pose = own.transform[call][0][1].camera_vector[..., 15:]
         assert torch.equal(pose, cameras[frame].key_ego_from_camera[..., :3, :].flatten(-2))
@@ -151,7 +157,7 @@ def test_without_gradient_both_frames_share_a_pass(inputs, options):
 
 
 def test_frames_in_one_pass_through_the_backbone(module, inputs):
-    images = [frame.flatten(0, 1) for frame in split_frames(inputs, CAMS, FRAMES)[0]]
+    images = [frame.flatten(0, 1) for frame in named(inputs).images.unbind(2)]
     with torch.no_grad():
         expected = [module.frame_features(image) for image in images[:2]]
         features = module._batch_features(images, full=2)
@@ -190,7 +196,7 @@ def test_the_view_transform_may_do_without_stereo(inputs, calls):
 
 def test_images_of_another_size_are_refused(module, inputs):
     with pytest.raises(ValueError, match=r"input_size \(H, W\) = \(32, 96\), got \(2, 6, 3, 32, 64\)"):
-        module.geometry((inputs[0][..., :64], *inputs[1:]))
+        named((inputs[0][..., :64], *inputs[1:]), IMAGE)
 
 
 def test_context_without_an_adjusting_convolution(inputs):

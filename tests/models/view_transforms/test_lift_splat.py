@@ -11,7 +11,6 @@ from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, 
 from mmdet3d.models.view_transforms.lift_splat import voxel_index
 from mmdet3d.registry import ConfigError, build
 from mmdet3d.structures import VoxelGrid, depth_bins
-from mmdet3d.utils.beside import Beside
 
 NARROW = VoxelGrid((-4, -3, -1), (6, 3, 2), (2, 1.5, 1.0))  # X, Y, Z = 5, 4, 3
 CONFIG = {"grid_config": {"x": [-6, 6, 2.0], "y": [-5, 5, 2.0], "z": [-4, 4, 2.0], "depth": [2.0, 12.0, 2.0]},
@@ -104,16 +103,6 @@ def test_lift_and_splat_equal_a_loop(scene):
     with torch.no_grad():
         floored, *_ = module(feature, module.geometry(camera, camera.key_ego_from_camera, bda))
     assert not torch.allclose(floored, expected)
-
-
-def test_the_places_of_the_points_can_be_found_before(scene):
-    camera, bda, feature = scene
-    module = build({"type": "LSSForwardProjection", **CONFIG}).eval()
-    geometry = module.geometry(camera, camera.key_ego_from_camera, bda)
-    targets = Beside(lambda: module.pool_targets(geometry))
-    assert targets.get().order is not None and targets.get() is targets.get()
-    with torch.no_grad():
-        assert torch.equal(module.lift_splat(feature, None, geometry, targets)[0], module(feature, geometry)[0])
 
 
 def test_gradients_reach_depth_and_context(scene):

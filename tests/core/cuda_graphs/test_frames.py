@@ -6,8 +6,10 @@ import pytest
 import tiny_model as tiny
 import torch
 
+from mmdet3d.core.cuda_graphs.engine import EAGER_CALLS
+from mmdet3d.core.cuda_graphs.frames import FrameRunner
 from mmdet3d.models.detectors.fast_mode import fast_copy
-from mmdet3d.models.detectors.frame_runner import EAGER_FRAMES, FrameRunner
+from mmdet3d.utils.normalise import NORMALISED
 
 STEPS = 7
 
@@ -38,6 +40,15 @@ def run(predictor, samples, device, memory=None):
     return results, memory
 
 
+def plainly(model):
+    """The model's own forward pass and decoding, as a predictor."""
+    def predict(inputs, metas, memory):
+        prediction, _ = model.run(inputs, metas, memory)
+        return *model.decode(prediction), prediction.memory
+
+    return predict
+
+
 def assert_equal(mine, theirs):
     for (semantics, flow), (expected, expected_flow) in zip(mine, theirs, strict=True):
         assert torch.equal(semantics, expected) and torch.equal(flow, expected_flow)
@@ -52,7 +63,7 @@ def model(device):
 def test_a_runner_predicts_what_the_model_does(model, device, batch):
     samples = frames(starts=(0, 5), batch=batch)
     with torch.inference_mode():
-        expected, memory = run(model.predict_tensors, samples, device)
+        expected, memory = run(plainly(model), samples, device)
     results, mine = run(FrameRunner(model), samples, device)
     assert_equal(results, expected)
     for history, other in zip(mine.histories, memory.histories, strict=True):
@@ -60,15 +71,17 @@ def test_a_runner_predicts_what_the_model_does(model, device, batch):
     assert torch.equal(mine.bda, memory.bda) and mine.features.keys == memory.features.keys
 
 
-def test_the_pictures_can_come_as_bytes(model, device):
+def test_the_images_can_come_as_pixels(model, device):
+    """Pixels give the same bits as the floats that the loader makes of them."""
     inputs, metas = frames(steps=1)[0]
-    inputs = [(inputs[0] * 40 + 100).clamp(0, 255).to(torch.uint8), *inputs[1:]]
-    with torch.inference_mode():
+    pixels = (inputs[0] * 40 + 100).clamp(0, 255).to(torch.uint8)
+    table = torch.from_numpy(NORMALISED)
+    floats = torch.stack([table[c][pixels[:, :, c].int()] for c in range(3)], 2)
+    results = []
+    for images in (floats, pixels):
         torch.manual_seed(0)
-        expected = model.predict_tensors([(inputs[0] / 64).to(device), *inputs[1:]], metas)
-    torch.manual_seed(0)
-    result = FrameRunner(model, prepare=lambda images: images / 64)(inputs, metas)
-    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+        results.append(FrameRunner(model)([images, *inputs[1:]], metas))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 def test_a_model_in_training_is_refused(model):
@@ -87,7 +100,7 @@ def test_frames_are_recorded_and_replayed(keys):
     model, samples = tiny.build().cuda(), frames(starts=(0, 6), steps=9, keys=keys)
     runner = FrameRunner(model)
     results, _ = run(runner, samples, "cuda")
-    assert runner.graphs and len(runner._recordings) == 2  # one in each direction
+    assert runner.graphs and len(runner.engine.captures) == 2  # one in each direction
     assert_equal(results, run(FrameRunner(model, graphs=False), samples, "cuda")[0])
 
 
@@ -112,26 +125,26 @@ def test_recordings_in_two_parts():
     model, samples = tiny.build().cuda(), shared_pictures(15, jump=9)
     runner = FrameRunner(model)
     results, _ = run(runner, samples, "cuda")
-    assert runner.graphs and [r.pictures is not None for r in runner._recordings.values()] == [True, True]
+    assert runner.graphs and [r.network is not None for r in runner.engine.captures.values()] == [True, True]
     assert_equal(results, run(FrameRunner(model, graphs=False), samples, "cuda")[0])
 
 
 @pytest.mark.cuda
 def test_a_frame_that_cannot_be_recorded_goes_on_without_graphs(monkeypatch, caplog):
     """The noise comes from torch's generator, which a recording that fails leaves as one that records."""
-    model, samples = tiny.build().cuda(), frames(steps=EAGER_FRAMES + 4)
+    model, samples = tiny.build().cuda(), frames(steps=EAGER_CALLS + 4)
     expected, _ = run(FrameRunner(model, graphs=False), samples, "cuda")
-    runner, outputs = FrameRunner(model), model.outputs
+    runner, decode = FrameRunner(model), model.decode
 
     def waiting(prediction):
         if torch.cuda.is_current_stream_capturing():
             prediction.semantic_logits.sum().item()
-        return outputs(prediction)
+        return decode(prediction)
 
-    monkeypatch.setattr(model, "outputs", waiting)
-    with caplog.at_level(logging.WARNING, logger="mmdet3d.models.detectors.frame_runner"):
+    monkeypatch.setattr(model, "decode", waiting)
+    with caplog.at_level(logging.WARNING, logger="mmdet3d.core.cuda_graphs.engine"):
         results, _ = run(runner, samples, "cuda")
-    assert not runner.graphs and "could not be recorded" in caplog.text
+    assert not runner.graphs and "could not be captured" in caplog.text
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert_equal(results, expected)
 
@@ -141,16 +154,16 @@ def test_recordings_of_another_batch_size():
     model = tiny.build().cuda()
     runner, plain = FrameRunner(model), FrameRunner(model, graphs=False)
     for batch in (1, 2, 1):
-        samples = frames(steps=EAGER_FRAMES + 4, batch=batch)
+        samples = frames(steps=EAGER_CALLS + 4, batch=batch)
         assert_equal(run(runner, samples, "cuda")[0], run(plain, samples, "cuda")[0])
-    assert runner.graphs and len(runner._recordings) == 2
+    assert runner.graphs and len(runner.engine.captures) == 2
 
 
 @pytest.mark.cuda
 def test_a_memory_from_elsewhere_is_taken_in():
     model, samples = tiny.build().cuda(), frames(steps=8)
     runner = FrameRunner(model)
-    half = EAGER_FRAMES + 2
+    half = EAGER_CALLS + 2
     _, memory = run(runner, samples[:half], "cuda")
     kept = memory.clone()
     first, _ = run(runner, samples[half:], "cuda", memory)
@@ -163,14 +176,14 @@ def test_a_frame_never_waits_for_the_device():
     model, samples = tiny.build().cuda(), frames(steps=4)
     memory = None
     for inputs, metas in samples:
-        images = inputs[0].cuda()
-        plan = model.plan([images, *inputs[1:]], metas, memory).to("cuda")
+        given = model.camera_inputs([inputs[0].cuda(), *inputs[1:]])
+        plan = model.plan(given, model.frame_meta(metas), memory, "cuda").to("cuda")
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.inference_mode():
-                prediction, _ = model.compute(images, plan, memory)
-                model.outputs(prediction)
+                prediction, _ = model.compute(given.images, plan, memory)
+                model.decode(prediction)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         memory = prediction.memory

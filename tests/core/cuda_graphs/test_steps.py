@@ -2,23 +2,20 @@
 
 import copy
 import logging
-import sys
-from pathlib import Path
 
 import pytest
+import tiny_model as tiny
 import torch
 from small_training import Line, Loader, make_runner
 
-sys.path.append(str(Path(__file__).parents[1] / "models/detectors"))
-import tiny_model as tiny  # noqa: E402
+from mmdet3d.core.checkpointing import resume_training_state, save_training_state
+from mmdet3d.core.cuda_graphs.engine import EAGER_CALLS
+from mmdet3d.core.cuda_graphs.steps import StepGraph
+from mmdet3d.core.runner import TrainRunner
+from mmdet3d.models.detectors.base import BaseDetector
+from mmdet3d.registry import ConfigError
 
-from mmdet3d.core.checkpointing import resume_training_state, save_training_state  # noqa: E402
-from mmdet3d.core.runner import TrainRunner  # noqa: E402
-from mmdet3d.core.step_graph import EAGER_STEPS, StepGraph  # noqa: E402
-from mmdet3d.models.detectors.base import BaseDetector  # noqa: E402
-from mmdet3d.registry import ConfigError  # noqa: E402
-
-LONG = EAGER_STEPS + 6
+LONG = EAGER_CALLS + 6
 
 
 def batches(device, count=LONG, starts=(0,), batch=tiny.BATCH):
@@ -95,7 +92,7 @@ def compare(device, samples, *, precision="fp32", graphs=False, replayed=0, loss
     step = StepGraph(model, precision, graphs=graphs)
     mine = run(step.step, model, samples)
     theirs = run(lambda sample: plain_step(other, sample, dtype), other, samples)
-    assert step.graphs == graphs and len(step._recordings) == replayed
+    assert step.graphs == graphs and len(step.engine.captures) == replayed
     assert_close(mine, theirs, loss, gradient, skip_3d=precision == "bf16" and device == "cpu")
     for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, rtol=gradient, atol=gradient, msg=name)
@@ -165,7 +162,7 @@ def test_another_batch_size_begins_anew():
     run(step.step, model, batches("cpu", 2))
     model.reset_memory()
     run(step.step, model, batches("cpu", 2, batch=1))
-    assert model.memory.batch_size == 1 and step._sides[0][0].shape[0] == 1
+    assert model.memory.batch_size == 1 and step._buffers.source.batch_size == 1
 
 
 def test_logged_values_come_in_two_parts():
@@ -260,7 +257,7 @@ def test_replayed_steps_see_new_weights_and_new_random_numbers():
     other, step = copy.deepcopy(model), StepGraph(model)
     mine = run(step.step, model, samples, learning_rate=1e-3)
     theirs = run(lambda sample: plain_step(other, sample), other, samples, learning_rate=1e-3)
-    assert len(step._recordings) == 2 and mine[-1][1] != mine[-3][1]
+    assert len(step.engine.captures) == 2 and mine[-1][1] != mine[-3][1]
     assert mine[-1][1] == pytest.approx(theirs[-1][1], rel=2e-2)  # small differences grow from step to step
     memory = model.memory.clone()
     values = []
@@ -276,7 +273,7 @@ def test_a_checkpoint_holds_the_memory_of_replayed_steps(tmp_path):
     model = model_on("cuda")
     runner, loader = tiny_runner(tmp_path, model, LONG - 2, samples, step=StepGraph(model))
     runner.run([loader])
-    assert len(runner.step_graph._recordings) == 2
+    assert len(runner.step_graph.engine.captures) == 2
     save_training_state(runner, tmp_path / "iter_1.pth", finished=1)
     other = model_on("cuda")
     resumed, _ = tiny_runner(tmp_path, other, LONG, samples, step=StepGraph(other))
@@ -288,7 +285,7 @@ def test_a_checkpoint_holds_the_memory_of_replayed_steps(tmp_path):
 
 @pytest.mark.cuda
 def test_a_step_that_cannot_be_recorded_goes_on_without_graphs(caplog, monkeypatch):
-    samples = batches("cuda", EAGER_STEPS + 3)
+    samples = batches("cuda", EAGER_CALLS + 3)
     model = model_on("cuda")
     other, step = copy.deepcopy(model), StepGraph(model)
     forward = step._forward
@@ -300,7 +297,7 @@ def test_a_step_that_cannot_be_recorded_goes_on_without_graphs(caplog, monkeypat
         return loss, *rest
 
     monkeypatch.setattr(step, "_forward", waiting)
-    with caplog.at_level(logging.WARNING, logger="mmdet3d.core.step_graph"):
+    with caplog.at_level(logging.WARNING, logger="mmdet3d.core.cuda_graphs.engine"):
         mine = run(step.step, model, samples)
-    assert not step.graphs and "could not be recorded" in caplog.text
+    assert not step.graphs and "could not be captured" in caplog.text
     assert_close(mine, run(lambda sample: plain_step(other, sample), other, samples))

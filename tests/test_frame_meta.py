@@ -5,7 +5,7 @@ import pytest
 import tiny_model as tiny
 import torch
 
-from mmdet3d.models.detectors.frame_meta import REQUIRED, FrameMeta
+from mmdet3d.structures import META_KEYS, FrameMeta
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_arrays_lists_and_tensors_serve(metas, convert):
     assert (found.sequence_ids, found.starts) == (expected.sequence_ids, expected.starts)
 
 
-@pytest.mark.parametrize("key", REQUIRED)
+@pytest.mark.parametrize("key", META_KEYS)
 def test_a_missing_key_is_named(metas, key):
     del metas[1][key]
     with pytest.raises(ValueError, match=rf"img_metas\[1\] lacks \['{key}'\]; it has \['"):
