@@ -36,9 +36,10 @@ from mmdet3d.datasets import build_dataset
 from mmdet3d.datasets.converters.parallel import available_cpus
 from mmdet3d.datasets.infos import load_infos, resolve_path
 from mmdet3d.datasets.pipelines.augmentation import ImageAugmentation
-from mmdet3d.datasets.pipelines.images import MEAN, STD, ImageReader, PrepareImageInputs
+from mmdet3d.datasets.pipelines.images import ImageReader, PrepareImageInputs
 from mmdet3d.datasets.synthetic.prepare import INFO_FILE, prepare_dataset
 from mmdet3d.utils.files import write_json
+from mmdet3d.utils.normalise import MEAN, STD
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("literal", "pipeline", "uint8")

@@ -13,6 +13,8 @@ from mmdet3d.utils.command import add_predictor_options
 from mmdet3d.utils.fold_batch_norm import fold_batch_norm, is_folded
 from mmdet3d.utils.normalise import NORMALISED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = ((2, 3, 4), (1, 2, 2))
 
 

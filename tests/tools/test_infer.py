@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,15 +28,19 @@ data = dict(test=dict(dataset_name="openocc"))
 
 
 class Stub(nn.Module):
-    """Random labels and flow, drawn from the global generator like the noise of a flow head."""
+    """Random labels and flow, which depend on the seed of the sample like the noise of a flow head."""
 
     def __init__(self, cfg=None):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def predict(self, img_inputs, img_metas, memory):
-        return {"occ_results": torch.randint(0, 17, (1, 12, 10, 4)).byte().numpy(),
-                "flow_results": torch.randn(1, 12, 10, 4, 2).half().numpy(), "index": [img_metas[0]["index"]]}, 0
+    def run(self, img_inputs, img_metas, memory):
+        generator = torch.Generator().manual_seed(img_metas[0]["noise_seed"])
+        return SimpleNamespace(memory=None, semantics=torch.randint(0, 17, (1, 12, 10, 4), generator=generator).byte(),
+                               flow=torch.randn(1, 12, 10, 4, 2, generator=generator).half()), None
+
+    def decode(self, prediction):
+        return prediction.semantics, prediction.flow
 
 
 @pytest.fixture(scope="module")

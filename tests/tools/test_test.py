@@ -60,10 +60,10 @@ def test_results_say_how_they_were_made(plain, setting):
     assert record["samples"] == FRAMES and record["world_size"] == 1 and record["missing"] == []
     assert record["options"] == {
         "graphs": None,
-        "samples_per_gpu": 1, "workers_per_gpu": 0, "order": "exact", "carry_over": False, "noise_seed": 0,
+        "samples_per_gpu": 1, "workers_per_gpu": 0, "order": "exact", "scene_start": "primed",
+        "noise_seed": 0, "mode": "exact", "fold": True,
         "score": True, "out": str(folder), "pairing": "token", "scenes": None, "cache": None}
-    assert record["checkpoint"] == setting[0][1] and record["device"] == "cpu" and record["fuse_conv_bn"] is False
-    assert record["mode"] == "exact"
+    assert record["checkpoint"] == setting[0][1] and record["device"] == "cpu"
     assert record["ray_iou"]["rays"] > 0 and record["ray_iou"]["mave"] > 0
     assert {"torch", "mmdet3d", "numpy"} <= set(record["versions"])
 
@@ -88,14 +88,14 @@ def test_other_options_reach_the_evaluation(setting, tmp_path, capsys):
     status, record = run(setting, tmp_path, "--carry-over", "--noise", "generator", "--samples-per-gpu", "2", "--order",
                          "published", "--seed", "3")
     options = record["options"]
-    assert status == 0 and options["carry_over"] and options["noise_seed"] is None and options["order"] == "published"
-    assert options["samples_per_gpu"] == 2 and "memory at the start of a scene: that of the scene before" in (
-        capsys.readouterr().out)
+    assert status == 0 and options["scene_start"] == "carried" and options["noise_seed"] is None
+    assert options["order"] == "published"
+    assert options["samples_per_gpu"] == 2 and "start of a scene: carried" in capsys.readouterr().out
 
 
 def test_folded_batch_norm_changes_roundings_only(plain, setting, tmp_path):
-    status, record = run(setting, tmp_path, "--fuse-conv-bn", "--out", str(tmp_path / "files"))
-    assert status == 0 and record["fuse_conv_bn"] is True
+    status, record = run(setting, tmp_path, "--no-fuse-conv-bn", "--out", str(tmp_path / "files"))
+    assert status == 0 and record["options"]["fold"] is False
     assert record["voxel_iou"]["miou"] == pytest.approx(plain[0]["voxel_iou"]["miou"], abs=0.1)
     files = sorted(plain[1].rglob("*.npz"))
     same = [np.mean(np.load(path)["semantics"] == np.load(tmp_path / "files" / path.relative_to(plain[1]))["semantics"])

@@ -78,6 +78,7 @@ class Evaluation:
         seconds: Duration.
         world_size: Number of processes.
         options: How it was done.
+        scores: Of every sample, in the order in which they were added up; empty if nothing was compared.
     """
 
     summary: Summary | None
@@ -85,6 +86,7 @@ class Evaluation:
     seconds: float
     world_size: int
     options: EvaluatorOptions
+    scores: Sequence[SampleScore] = ()
 
     def record(self) -> dict[str, Any]:
         """Everything as plain numbers, strings and containers; NaN where nothing was counted."""
@@ -137,17 +139,19 @@ class Evaluator:
             own = list(self._batches(self.predictor(model), device))
         tokens = [self.dataset.data_infos[index]["token"] for index in range(len(self.dataset))]
         ranks = gather(own)
-        summary, samples = None, len({score.index for batches in ranks for batch in batches for score in batch})
+        summary, scores = None, ()
+        samples = len({score.index for batches in ranks for batch in batches for score in batch})
         if self.options.score:
-            summary = self._summary(ranks, tokens)
+            exact = self.options.order == "exact"
+            scores = exact_collection(ranks) if exact else published_collection(ranks, len(tokens))
+            summary = self._summary(scores, tokens)
         elif self.options.order == "exact" and samples != len(tokens):
             raise CoverageError(f"{len(tokens) - samples} of {len(tokens)} samples were not predicted")
-        return Evaluation(summary, samples, time.perf_counter() - start, len(ranks), self.options)
+        return Evaluation(summary, samples, time.perf_counter() - start, len(ranks), self.options, scores)
 
-    def _summary(self, ranks: Sequence[Sequence[Sequence[SampleScore]]], tokens: Sequence[str]) -> Summary:
-        exact = self.options.order == "exact"
-        scores = exact_collection(ranks) if exact else published_collection(ranks, len(tokens))
-        summary = summarise(scores, self.dataset.labels, tokens, self.dataset.eval_metric, allow_missing=not exact)
+    def _summary(self, scores: Sequence[SampleScore], tokens: Sequence[str]) -> Summary:
+        summary = summarise(scores, self.dataset.labels, tokens, self.dataset.eval_metric,
+                            allow_missing=self.options.order != "exact")
         if summary.missing and distributed_place()[0] == 0:
             logger.warning("the published order left out %d of %d samples: %s%s", len(summary.missing), len(tokens),
                            ", ".join(summary.missing[:_SHOWN]), " ..." if len(summary.missing) > _SHOWN else "")

@@ -12,14 +12,12 @@ from mmdet3d.datasets.labels import CAMERAS
 from mmdet3d.datasets.pipelines.augmentation import ImageAugmentation, check_data_config
 from mmdet3d.datasets.pipelines.format import META_KEYS, FrameSource, frame_from_infos
 from mmdet3d.datasets.pipelines.images import (
-    MEAN,
-    NORMALISED,
-    STD,
     ImageReader,
     PrepareImageInputs,
     lidar_to_image,
     normalise,
 )
+from mmdet3d.utils.normalise import MEAN, NORMALISED, STD
 
 DATA_CONFIG = {"cams": list(CAMERAS), "Ncams": 6, "input_size": (256, 704), "src_size": (900, 1600),
                "resize": (-0.06, 0.11), "rot": (-5.4, 5.4), "flip": True, "crop_h": (0.0, 0.0), "resize_test": 0.0}

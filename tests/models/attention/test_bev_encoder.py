@@ -85,7 +85,7 @@ def test_recurrence_of_the_logits(coarse):
 def test_logits_are_not_detached_between_layers():
     arguments = stage.inputs()
     arguments["coarse_logits"].requires_grad_()
-    _, logits = stage.make()(**arguments)
+    _, logits = stage.call(stage.make(), **arguments)
     grad, = torch.autograd.grad(logits.sum(), arguments["coarse_logits"])
     # Two layers, a factor of a half each; up-sampling spreads each coarse voxel over eight fine ones.
     assert grad.sum().item() == pytest.approx(0.25 * logits.numel(), rel=1e-5)
@@ -133,9 +133,9 @@ def test_trainable_recurrence_adds_one_entry_and_changes_nothing_at_first(first_
     assert trained.state_dict()[name].tolist() == [0.5] * entries
     arguments = stage.inputs(coarse=not first_stage)
     with torch.no_grad():
-        for mine, theirs in zip(trained(**arguments), constant(**arguments), strict=True):
+        for mine, theirs in zip(stage.call(trained, **arguments), stage.call(constant, **arguments), strict=True):
             assert torch.equal(mine, theirs)
-    trained(**arguments)[1].sum().backward()
+    stage.call(trained, **arguments)[1].sum().backward()
     assert trained.transformer.encoder.recurrence_weights.grad.abs().min() > 0
 
 
@@ -183,7 +183,7 @@ def test_camera_embeddings_count_only_when_asked_for():
         tokens = Trace(embedded, **stage.inputs()).encoder_inputs["tokens"]
         torch.testing.assert_close(tokens, Trace(plain, **stage.inputs()).encoder_inputs["tokens"]
                                    + plain.transformer.cams_embeds[:, None, None])
-    plain.train()(**stage.inputs())[0].sum().backward()
+    stage.call(plain.train(), **stage.inputs())[0].sum().backward()
     assert torch.equal(plain.transformer.cams_embeds.grad, torch.zeros(stage.CAMS, stage.CHANNELS))
     assert build(stage.config()["transformer"]).cams_embeds.isfinite().all()
 

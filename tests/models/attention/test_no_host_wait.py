@@ -37,7 +37,7 @@ def test_a_stage_needs_nothing_from_the_device(training, first, quirks):
     module = stage.make({"transformerlayers": layer}, **options).train(training)
     arguments = stage.inputs(coarse=not first, previous=not first)
     with NoHostWait(), torch.set_grad_enabled(training):
-        bev, logits = module(**arguments)
+        bev, logits = stage.call(module, **arguments)
         if training:
             (bev.square().mean() + logits.square().mean()).backward()
     if training:
