@@ -8,9 +8,10 @@ from literal_lift import literal_cells, literal_points
 from test_golden_eval import TOLERANCE
 
 from mmdet3d.models.detectors.frame_plan import map_tensors
-from mmdet3d.models.view_transforms.geometry import CameraFrame, split_frames
+from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_frames
 from mmdet3d.models.view_transforms.lift_splat import PoolTargets
-from mmdet3d.utils.beside import Beside
+from mmdet3d.ops import sort_by_cell
+from mmdet3d.structures import CameraInputs
 
 BATCH, FLIPS = 2, ((1, -1), (-1, -1))
 COMPARED = ("coarse_voxel_0", "coarse_voxel_1", "coarse_voxel_2", "semantic_logits")
@@ -23,10 +24,8 @@ def model():
 
 def expected_cells(model, inputs):
     """Voxels of the earlier and the key frame, from matrices on the CPU."""
-    projection = model.forward_projection
-    transform = projection.img_view_transformer
-    _, cameras = split_frames(tuple(inputs), projection.num_cams, projection.num_frames)
-    points = literal_points(CameraFrame.stack([cameras[1], cameras[0]]), inputs[5].repeat(2, 1, 1),
+    transform, cameras = model.forward_projection.img_view_transformer, camera_frames(inputs)
+    points = literal_points(CameraFrame.stack([cameras[1], cameras[0]]), inputs.bda.repeat(2, 1, 1),
                             transform.input_size, transform.feature_size, transform.depths.cpu())
     return literal_cells(points, transform.grid)
 
@@ -45,29 +44,29 @@ def golden_inputs(shared):
 @pytest.mark.slow
 def test_every_voxel_of_the_golden_inputs(shared, device, model):
     model.to(device)
-    transform = model.forward_projection.img_view_transformer
-    size = transform.input_size
-    for inputs in golden_inputs(shared):
-        images = torch.zeros(()).expand(*inputs[0].shape[:3], *size)
-        lifts = model.forward_projection.geometry((images, *inputs[1:]))
-        cells = transform.pool_targets(map_tensors(lambda tensor: tensor.to(device), lifts)).cells
-        assert torch.equal(cells.cpu(), expected_cells(model, (images, *inputs[1:])))
+    projection = model.forward_projection
+    for img_inputs in golden_inputs(shared):
+        inputs = CameraInputs.from_img_inputs(img_inputs, projection.num_cams, projection.num_frames)
+        lifts = map_tensors(lambda tensor: tensor.to(device), projection.geometry(inputs))
+        cells = projection.img_view_transformer.pool_targets(lifts).cells
+        assert torch.equal(cells.cpu(), expected_cells(model, inputs))
 
 
 @pytest.mark.slow
-def test_the_model_sees_the_voxels_of_the_literal_steps(shared, device, model, record_property):
+def test_the_model_sees_the_voxels_of_the_literal_steps(shared, device, model, monkeypatch, record_property):
     generator = load_module(shared / "spec/golden/golden_inputs.py")
     generator.fill_model(model)
     model.to(device)
-    inputs, metas = generator.make_batch(1, BATCH, (True, True), (3, 4), FLIPS)
-    plan, images = model.plan(inputs, metas, None).to(device), inputs[0].to(device)
-    cells = expected_cells(model, inputs).to(device)
+    img_inputs, metas = generator.make_batch(1, BATCH, (True, True), (3, 4), FLIPS)
+    img_inputs[0] = img_inputs[0].to(device)
     tensors = []
-    with torch.no_grad():
-        for targets in (None, Beside(lambda: PoolTargets(cells))):
-            features = model.forward_projection(images, plan.lifts, plan.reuse, targets=targets)
-            torch.manual_seed(0)
-            tensors.append(eval_tensors(model.cascade(features, plan, None), features))
+    transform = model.forward_projection.img_view_transformer
+    cells = expected_cells(model, model.camera_inputs(img_inputs)).to(device)
+    literal = PoolTargets(cells, sort_by_cell(cells, transform.grid.size_zyx))
+    for pool_targets in (transform.pool_targets, lambda geometry: literal):
+        monkeypatch.setattr(transform, "pool_targets", pool_targets)
+        with torch.no_grad():
+            tensors.append(eval_tensors(*model.run(img_inputs, metas)))
     errors = {}
     for name in COMPARED:
         mine, expected = (tensor[name].cpu().double().numpy() for tensor in tensors)

@@ -82,8 +82,7 @@ class LSSForwardProjection(BaseModule):
                              persistent=False)
         # Corner pixels of the feature map sit on the image's corner pixels.
         for name, length, count in zip(("rows", "columns"), self.input_size, self.feature_size, strict=True):
-            self.register_buffer(name, torch.linspace(0, length - 1, count, dtype=torch.float32),
-                                 persistent=False)
+            self.register_buffer(name, torch.linspace(0, length - 1, count, dtype=torch.float32), persistent=False)
         self.depth_net = DepthNet(in_channels, in_channels, out_channels, num_bins, with_cp=with_cp, **depthnet_cfg)
 
     @property
@@ -138,13 +137,9 @@ class LSSForwardProjection(BaseModule):
 
     def pool_targets(self, geometry: LiftGeometry) -> PoolTargets:
         """Where the frustum points of a geometry are pooled, which needs no image."""
-        cells = self._cells(geometry)
+        cells = frustum_cells(geometry.frustum, self.columns, self.rows, self.depths, self.grid,
+                              truncate_toward_zero=self.truncate_toward_zero)
         return PoolTargets(cells, sort_by_cell(cells, self.grid.size_zyx))
-
-    def _cells(self, geometry: LiftGeometry) -> Tensor:
-        """[B, N, D, h, w] voxel index of every frustum point."""
-        return frustum_cells(geometry.frustum, self.columns, self.rows, self.depths, self.grid,
-                             truncate_toward_zero=self.truncate_toward_zero)
 
 
 @NECKS.register_module()

@@ -9,7 +9,8 @@ from literal_lift import literal_cells, literal_points
 from mmdet3d.datasets.synthetic.stream import Drive
 from mmdet3d.models.detectors.frame_plan import map_tensors
 from mmdet3d.models.view_transforms import LSSVStereoForwardProjection
-from mmdet3d.models.view_transforms.geometry import CameraFrame, split_frames
+from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_frames
+from mmdet3d.structures import CameraInputs
 
 SEEDS, CAMS, FRAMES, IMAGE = range(4), 6, 3, (256, 704)
 GRID = {"x": [-40, 40, 0.8], "y": [-40, 40, 0.8], "z": [-1, 5.4, 0.8], "depth": [1.0, 45.0, 0.5]}
@@ -43,7 +44,7 @@ def lifted_cameras(seed):
     inputs[5][0, 0, 0] = -1
     inputs[5][1, :2, :2] @= 1.03 * torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     inputs[5][1, :3, 3] = torch.tensor([0.3, -0.2, 0.1])
-    _, cameras = split_frames(tuple(inputs), CAMS, FRAMES)
+    cameras = camera_frames(CameraInputs.from_img_inputs(inputs, CAMS, FRAMES))
     return CameraFrame.stack([cameras[1], cameras[0]]), inputs[5].repeat(2, 1, 1)
 
 
