@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("bev_pool_v2", "class_guidance", "history_warp", "ms_deform_attn", "oa_cross_attention", "plane_sweep",
-       "ray_cast", "row_argmax", "upsample_add", "upsample_mlp")
+OPS = ("bev_pool_v2", "class_guidance", "frustum_cells", "history_warp", "ms_deform_attn", "oa_cross_attention",
+       "plane_sweep", "ray_cast", "row_argmax", "upsample_add", "upsample_mlp")
 QUEUED_CALLS = 10  # behind one piece of other work
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

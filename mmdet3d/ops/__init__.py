@@ -2,6 +2,7 @@
 
 from .bev_pool_v2 import PoolOrder, bev_pool_v2, bev_pool_v2_reference, bev_pool_v2_stacked, sort_by_cell
 from .class_guidance import class_guidance, class_guidance_reference
+from .frustum_cells import FrustumGeometry, frustum_cells, frustum_cells_reference
 from .history_warp import history_warp, history_warp_reference
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
 from .oa_cross_attention import (
@@ -25,6 +26,7 @@ from .upsample_mlp import upsample_mlp, upsample_mlp_reference
 
 __all__ = [
     "DepthFit",
+    "FrustumGeometry",
     "PoolOrder",
     "RayHits",
     "RayTotals",
@@ -37,6 +39,8 @@ __all__ = [
     "class_guidance_reference",
     "depth_consistency",
     "depth_consistency_reference",
+    "frustum_cells",
+    "frustum_cells_reference",
     "history_warp",
     "history_warp_reference",
     "ms_deform_attn",

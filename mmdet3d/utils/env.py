@@ -31,6 +31,7 @@ PYTHON_RANGE = ((3, 10), (3, 12))
 OPERATORS = (
     "bev_pool_v2_forward",
     "bev_pool_v2_backward",
+    "frustum_cells",
     "history_warp",
     "ms_deform_attn_forward",
     "ms_deform_attn_backward",

@@ -129,7 +129,7 @@ def _sweeps(lifts: LiftGeometry | None, batch: int) -> list[SweepGeometry]:
     """Cameras of the stereo pairs, key frame first; none without stereo."""
     if lifts is None or lifts.sweep is None:
         return []
-    return [lifts.select(start, batch).sweep for start in range(len(lifts.rays) - batch, -1, -batch)]
+    return [lifts.select(start, batch).sweep for start in range(len(lifts.camera_vector) - batch, -1, -batch)]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

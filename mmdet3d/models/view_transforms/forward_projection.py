@@ -157,7 +157,7 @@ class BEVDetStereoForwardProjection(BaseModule):
                                                            oldest_stereo)[0]
         key = self.frame_features(images[0])
         volume, depth, context = self.img_view_transformer(
-            key.neck, geometry.select(len(geometry.rays) - batch, batch), key.stereo, earlier.stereo)
+            key.neck, geometry.select(len(geometry.camera_vector) - batch, batch), key.stereo, earlier.stereo)
         if earlier_volume is None:
             earlier_volume = torch.zeros_like(volume)
         return torch.cat([earlier_volume, volume], 1), depth, context, None
@@ -167,7 +167,7 @@ class BEVDetStereoForwardProjection(BaseModule):
                        ) -> tuple[Tensor, Tensor, Tensor, KeyFeatures | None]:
         """Both frames in one pass through the depth net, with what is there already."""
         transform, entries = self.img_view_transformer, len(images[0])
-        lifted = len(geometry.rays) * self.num_cams // entries  # frames, the key frame last
+        lifted = len(geometry.camera_vector) * self.num_cams // entries  # frames, the key frame last
         frames = self._features(images, reuse, cache, lifted, newest)
         matches = self._matches(frames, geometry, reuse, cache, lifted)
         neck = torch.cat([frames[f].neck for f in reversed(range(lifted))])
@@ -210,7 +210,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         """Stereo matching of each lifted frame, newest first; none without stereo."""
         if geometry.sweep is None:
             return []
-        batch, matches = len(geometry.rays) // lifted, []
+        batch, matches = len(geometry.camera_vector) // lifted, []
         for f, source in enumerate(reuse.pairs[:lifted]):
             if source == CACHED:
                 matches.append(cache.matching)

@@ -1,4 +1,4 @@
-"""Camera geometry of the view transform: relative poses, frustum points, and the stereo pair.
+"""Camera geometry of the view transform: relative poses, the frustum, and the stereo pair.
 
 Matrices are named ``target_from_source``. The 4x4 ``post_aug`` of an image augmentation acts on (u * d, v * d, d, 1):
 its 2x2 linear part is in rows and columns 0-1, its translation in **column 2**. Its upper-left 3x3 block is therefore
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmdet3d.ops.frustum_cells import FrustumGeometry
 from mmdet3d.ops.plane_sweep import SweepGeometry
 from mmdet3d.structures import CameraInputs
 from mmdet3d.utils.remember import remembered
@@ -46,24 +47,22 @@ class LiftGeometry(NamedTuple):
 
     Attributes:
         camera_vector: [B, N, 27], see :func:`camera_vector`.
-        rays: [B, N, h, w, 3] direction of each pixel's ray in the augmented key-ego frame, for a depth of 1 m.
-        origins: [B, N, 3] camera centres in that frame, metres.
+        frustum: Cameras of the frustum points, which end in the augmented key-ego frame.
         sweep: Cameras of the plane sweep to the frame before, B * N entries; None without stereo.
     """
 
     camera_vector: Tensor
-    rays: Tensor
-    origins: Tensor
+    frustum: FrustumGeometry
     sweep: SweepGeometry | None
 
     def select(self, start: int, count: int) -> LiftGeometry:
         """``count`` of the samples, from ``start`` on."""
-        cams = self.camera_vector.shape[1]
-        sweep = self.sweep
+        part, cams, sweep = slice(start, start + count), self.camera_vector.shape[1], self.sweep
         if sweep is not None:
-            part = slice(start * cams, (start + count) * cams)
-            sweep = sweep._replace(**{name: tensor[part] for name, tensor in sweep.tensors.items()})
-        return LiftGeometry(*(tensor[start : start + count] for tensor in self[:3]), sweep)
+            entries = slice(start * cams, (start + count) * cams)
+            sweep = sweep._replace(**{name: tensor[entries] for name, tensor in sweep.tensors.items()})
+        return LiftGeometry(self.camera_vector[part], FrustumGeometry(*(tensor[part] for tensor in self.frustum)),
+                            sweep)
 
 
 def camera_frames(inputs: CameraInputs) -> list[CameraFrame]:
@@ -110,61 +109,23 @@ def _calibration_numbers(k: Tensor, post: Tensor, bda: Tensor) -> Tensor:
     return torch.stack(entries, -1)
 
 
-def pixel_homography(post_aug: Tensor) -> Tensor:
-    """[..., 3, 3] float64 homography original pixel -> augmented pixel of a [..., 4, 4] image augmentation."""
-    homography = torch.zeros(*post_aug.shape[:-2], 3, 3, dtype=torch.float64, device=post_aug.device)
-    homography[..., :2, :] = post_aug[..., :2, :3].double()
-    homography[..., 2, 2] = 1
-    return homography
+def frustum_geometry(camera: CameraFrame, bda: Tensor) -> FrustumGeometry:
+    """Cameras of the frustum points of a frame, for :func:`mmdet3d.ops.frustum_cells`.
 
-
-@remembered
-def _pixel_grid(image_size: tuple[int, int], feature_size: tuple[int, int], device: torch.device) -> Tensor:
-    """[h, w, 3] homogeneous image pixels (u, v, 1) of a feature map whose corners sit on the image's corner pixels."""
-    (height, width), (h, w) = image_size, feature_size
-    v = torch.linspace(0, height - 1, h, dtype=torch.float64, device=device)
-    u = torch.linspace(0, width - 1, w, dtype=torch.float64, device=device)
-    v, u = torch.meshgrid(v, u, indexing="ij")
-    return torch.stack([u, v, torch.ones_like(u)], -1)
-
-
-def frustum_rays(camera: CameraFrame, bda: Tensor, image_size: tuple[int, int], feature_size: tuple[int, int]
-                 ) -> tuple[Tensor, Tensor]:
-    """Rays of every pixel in the augmented key-ego frame.
+    As in :func:`sweep_geometry`, inverses and products are formed in float32 and the matrices are left apart.
 
     Args:
         camera: Cameras of the frame.
         bda: [B, 4, 4] BEV augmentation.
-        image_size: (H, W) of the network image.
-        feature_size: (h, w) of the feature map.
 
     Returns:
-        Rays [B, N, h, w, 3] and origins [B, N, 3], formed in float64, rounded to float32.
+        Tensors of B samples of N cameras, float32.
     """
-    pixels = _pixel_grid(image_size, feature_size, bda.device)  # [h, w, 3]
-    ego_from_camera = bda.double()[:, None] @ camera.key_ego_from_camera.double()  # [B, N, 4, 4]
-    ego_from_pixel = ego_from_camera[..., :3, :3] @ _camera_from_pixel(camera.post_aug, camera.intrinsics)
-    return torch.einsum("bnij,hwj->bnhwi", ego_from_pixel, pixels).float(), ego_from_camera[..., :3, 3].float()
-
-
-def frustum_points(rays: Tensor, origins: Tensor, depths: Tensor) -> Tensor:
-    """Points of every pixel and depth in the augmented key-ego frame, metres: ``depth * ray + origin``.
-
-    Args:
-        rays: [B, N, h, w, 3] of :func:`frustum_rays`.
-        origins: [B, N, 3].
-        depths: [D] metres.
-
-    Returns:
-        [B, N, D, h, w, 3] float32.
-    """
-    return rays[:, :, None] * depths.view(-1, 1, 1, 1) + origins[:, :, None, None, None]
-
-
-@remembered
-def _camera_from_pixel(post_aug: Tensor, intrinsics: Tensor) -> Tensor:
-    """[B, N, 3, 3] float64 matrix: homogeneous augmented pixel -> point of its ray at a depth of 1 m."""
-    return torch.linalg.inv(pixel_homography(post_aug) @ intrinsics[..., :3, :3].double())
+    post, pose = camera.post_aug.float(), camera.key_ego_from_camera.float()
+    pixel_from_augmented, camera_from_pixel = _inverses(post, camera.intrinsics.float())
+    return FrustumGeometry(
+        pixel_from_augmented=pixel_from_augmented.clone(), offset=post[..., :2, 2],
+        ego_from_pixel=_product(pose[..., :3, :3], camera_from_pixel), translation=pose[..., :3, 3], bda=bda.float())
 
 
 def sweep_geometry(camera: CameraFrame, image_size: tuple[int, int]) -> SweepGeometry:
@@ -181,23 +142,26 @@ def sweep_geometry(camera: CameraFrame, image_size: tuple[int, int]) -> SweepGeo
     Returns:
         Tensors of B * N cameras, float32.
     """
-    post, older, intrinsics = (matrix.flatten(0, 1).float() for matrix in (
+    post, older, intrinsics = (matrix.float() for matrix in (
         camera.post_aug, camera.older_camera_from_camera, camera.intrinsics))
-    pixel_from_camera = intrinsics[:, :3, :3]
-    pixel_from_augmented, camera_from_pixel = _sweep_inverses(post, pixel_from_camera)
-    rotation = older[:, :3, :3]
-    # Element by element, because autocast and TF32 would take a matrix product in fewer bits.
-    older_from_pixel = sum(rotation[:, :, k, None] * camera_from_pixel[:, None, k] for k in range(3))
-    return SweepGeometry(
-        pixel_from_augmented=pixel_from_augmented.clone(), augmentation=post[:, :2, :2], offset=post[:, :2, 2],
-        older_from_pixel=older_from_pixel, translation=older[:, :3, 3], intrinsics=pixel_from_camera,
-        image_size=tuple(image_size))
+    pixel_from_augmented, camera_from_pixel = _inverses(post, intrinsics)
+    tensors = {
+        "pixel_from_augmented": pixel_from_augmented.clone(), "augmentation": post[..., :2, :2],
+        "offset": post[..., :2, 2], "older_from_pixel": _product(older[..., :3, :3], camera_from_pixel),
+        "translation": older[..., :3, 3], "intrinsics": intrinsics[..., :3, :3]}
+    return SweepGeometry(**{name: tensor.flatten(0, 1) for name, tensor in tensors.items()},
+                         image_size=tuple(image_size))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[..., 3, 3] matrix product, each product and sum rounded: autocast and TF32 would take fewer bits."""
+    return sum(a[..., k, None] * b[..., None, k, :] for k in range(3))
 
 
 @remembered
-def _sweep_inverses(post_aug: Tensor, pixel_from_camera: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses [M, 2, 2] of the augmentations' linear parts and [M, 3, 3] of the calibration matrices."""
-    linear = torch.zeros_like(post_aug[:, :3, :3])
-    linear[:, :2, :2] = post_aug[:, :2, :2]
-    linear[:, 2, 2] = 1
-    return torch.linalg.inv(linear)[:, :2, :2], torch.linalg.inv(pixel_from_camera)
+def _inverses(post_aug: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses [B, N, 2, 2] of the augmentations' linear parts and [B, N, 3, 3] of the calibration matrices."""
+    linear = torch.zeros_like(post_aug[..., :3, :3])
+    linear[..., :2, :2] = post_aug[..., :2, :2]
+    linear[..., 2, 2] = 1
+    return torch.linalg.inv(linear)[..., :2, :2], torch.linalg.inv(intrinsics[..., :3, :3])

@@ -15,42 +15,15 @@ from mmdet3d.models.view_transforms.geometry import (
     CameraFrame,
     LiftGeometry,
     camera_vector,
-    frustum_points,
-    frustum_rays,
+    frustum_geometry,
     sweep_geometry,
 )
-from mmdet3d.ops import PoolOrder, bev_pool_v2, bev_pool_v2_stacked, sort_by_cell
+from mmdet3d.ops import PoolOrder, bev_pool_v2, bev_pool_v2_stacked, frustum_cells, sort_by_cell
 from mmdet3d.ops.plane_sweep import SweepGeometry
 from mmdet3d.registry import NECKS, check_keys
 from mmdet3d.structures import VoxelGrid, depth_bins
 from mmdet3d.utils.beside import Beside
 from mmdet3d.utils.precision import working_dtype
-
-
-def grid_bounds(grid: VoxelGrid) -> Tensor:
-    """[3, 3] float32 lower bounds, voxel edges and voxel counts of a grid along (x, y, z)."""
-    return torch.tensor([grid.low, grid.cell, grid.size_xyz], dtype=torch.float32)
-
-
-def voxel_index(points: Tensor, grid: VoxelGrid, truncate_toward_zero: bool = True, bounds: Tensor | None = None
-                ) -> Tensor:
-    """Flat voxel index ``(z * Y + y) * X + x`` of each point [..., 3] (x, y, z in metres), int32, -1 outside.
-
-    Args:
-        points: Points in the grid's frame.
-        grid: The voxel grid.
-        truncate_toward_zero: Voxel coordinates are truncated, so that points up to one voxel below the lower bounds
-            fall into the border voxels, as the released weights expect. False: floor.
-        bounds: :func:`grid_bounds` of the grid on the device of the points, which is otherwise copied there.
-    """
-    low, cell, size = grid_bounds(grid).to(points.device) if bounds is None else bounds
-    position = (points - low) / cell
-    position = position.trunc() if truncate_toward_zero else position.floor()
-    inside = ((position >= 0) & (position < size)).all(-1)
-    # Clamped before the conversion, because a float beyond the integer range has no defined integer.
-    x, y, z = position.clamp(-1, max(grid.size_xyz)).to(torch.int32).unbind(-1)
-    flat = (z * grid.size_xyz[1] + y) * grid.size_xyz[0] + x
-    return torch.where(inside, flat, -1)
 
 
 class PoolTargets(NamedTuple):
@@ -73,7 +46,7 @@ class LSSForwardProjection(BaseModule):
         downsample: Stride of the image feature.
         depthnet_cfg: Options of :class:`DepthNet`.
         loss_depth_weight: Weight of the depth loss.
-        truncate_toward_zero: See :func:`voxel_index`.
+        truncate_toward_zero: See :func:`mmdet3d.ops.frustum_cells`.
 
     ``collapse_z``, ``accelerate``, ``sid``, ``with_cp``, ``with_depth_from_lidar`` are accepted with the values that
     the published configs use (False).
@@ -107,7 +80,9 @@ class LSSForwardProjection(BaseModule):
         # Rounding can give arange one value too many.
         self.register_buffer("depths", torch.arange(*self.depth_range, dtype=torch.float32)[:num_bins],
                              persistent=False)
-        self.register_buffer("bounds", grid_bounds(self.grid), persistent=False)
+        # Corner pixels of the feature map sit on the image's corner pixels.
+        for name, length, count in zip(("rows", "columns"), self.input_size, self.feature_size, strict=True):
+            self.register_buffer(name, torch.linspace(0, length - 1, count, dtype=torch.float32), persistent=False)
         self.depth_net = DepthNet(in_channels, in_channels, out_channels, num_bins, with_cp=with_cp, **depthnet_cfg)
 
     @property
@@ -124,9 +99,8 @@ class LSSForwardProjection(BaseModule):
             key_ego_from_camera: [B, N, 4, 4] camera poses for the camera vector.
             bda: [B, 4, 4] BEV augmentation.
         """
-        rays, origins = frustum_rays(camera, bda, self.input_size, self.feature_size)
-        sweep = sweep_geometry(camera, self.input_size) if self.has_cost_volume else None
-        return LiftGeometry(camera_vector(camera, key_ego_from_camera, bda), rays, origins, sweep)
+        return LiftGeometry(camera_vector(camera, key_ego_from_camera, bda), frustum_geometry(camera, bda),
+                            sweep_geometry(camera, self.input_size) if self.has_cost_volume else None)
 
     def forward(self, feature: Tensor, geometry: LiftGeometry, stereo: Tensor | None = None,
                 older_stereo: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,13 +137,9 @@ class LSSForwardProjection(BaseModule):
 
     def pool_targets(self, geometry: LiftGeometry) -> PoolTargets:
         """Where the frustum points of a geometry are pooled, which needs no image."""
-        cells = self._cells(geometry)
+        cells = frustum_cells(geometry.frustum, self.columns, self.rows, self.depths, self.grid,
+                              truncate_toward_zero=self.truncate_toward_zero)
         return PoolTargets(cells, sort_by_cell(cells, self.grid.size_zyx))
-
-    def _cells(self, geometry: LiftGeometry) -> Tensor:
-        """[B, N, D, h, w] voxel index of every frustum point."""
-        points = frustum_points(geometry.rays, geometry.origins, self.depths)
-        return voxel_index(points, self.grid, self.truncate_toward_zero, self.bounds)
 
 
 @NECKS.register_module()

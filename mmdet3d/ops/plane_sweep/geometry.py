@@ -60,11 +60,11 @@ def sweep_positions(
     v, u = (torch.linspace(0, image - 1, count, dtype=dtype, device=depths.device)
             for image, count in zip(geometry.image_size, size, strict=True))
     offset, linear = cameras["offset"].unbind(1), cameras["augmentation"]
-    x, y = _product(cameras["pixel_from_augmented"], (u - offset[0], v[:, None] - offset[1]))  # (N, 1, H, W)
-    point = _product(cameras["older_from_pixel"], (x * depths, y * depths, depths))
+    x, y = ordered_product(cameras["pixel_from_augmented"], (u - offset[0], v[:, None] - offset[1]))  # (N, 1, H, W)
+    point = ordered_product(cameras["older_from_pixel"], (x * depths, y * depths, depths))
     point = [p + t for p, t in zip(point, cameras["translation"].unbind(1), strict=True)]  # 3 x (N, D, H, W)
-    image = _product(cameras["intrinsics"], point)
-    px, py = _product(linear, (image[0] / image[2], image[1] / image[2]))
+    image = ordered_product(cameras["intrinsics"], point)
+    px, py = ordered_product(linear, (image[0] / image[2], image[1] / image[2]))
     grid_x = (px + offset[0]) / image_x * 2 - 1
     grid_y = (py + offset[1]) / image_y * 2 - 1
     x, y = (grid_x + 1) / 2 * map_x, (grid_y + 1) / 2 * map_y
@@ -72,7 +72,7 @@ def sweep_positions(
     return torch.stack([grid_x, grid_y], dim=-1), inside
 
 
-def _product(matrix: Tensor, vector: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+def ordered_product(matrix: Tensor, vector: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     """Matrix (N, R, K, 1, 1, 1) times vector of K tensors, every product and every sum rounded, in order."""
     rows = []
     for row in range(matrix.shape[1]):

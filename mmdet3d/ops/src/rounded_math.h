@@ -24,4 +24,15 @@ template <typename scalar_t>
 C10_HOST_DEVICE MMDET3D_INLINE scalar_t divide(scalar_t a, scalar_t b) { return a / b; }
 #endif
 
+// A row of a matrix times a vector, in the order of the columns.
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[2], scalar_t x, scalar_t y) {
+  return add(multiply(row[0], x), multiply(row[1], y));
+}
+
+template <typename scalar_t>
+C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[3], scalar_t x, scalar_t y, scalar_t z) {
+  return add(add(multiply(row[0], x), multiply(row[1], y)), multiply(row[2], z));
+}
+
 }  // namespace mmdet3d

@@ -9,11 +9,11 @@ from mmdet3d.models.view_transforms.geometry import (
     CameraFrame,
     camera_frames,
     camera_vector,
-    frustum_points,
-    frustum_rays,
+    frustum_geometry,
     sweep_geometry,
 )
-from mmdet3d.structures import CameraInputs
+from mmdet3d.ops import frustum_cells
+from mmdet3d.structures import CameraInputs, VoxelGrid
 
 BATCH, CAMS, FRAMES, HEIGHT, WIDTH = 2, 4, 3, 5, 7
 
@@ -121,6 +121,19 @@ def test_the_camera_vector_of_a_batch(inputs, generator):
     assert torch.equal(vector[..., 6], frames[1].post_aug[..., 0, 2])
 
 
+def frustum_points(camera, bda, image_size, feature_size, depths, reach, edge):
+    """[B, N, D, h, w, 3] frustum points up to ``reach`` metres away, read off grids that are fine along one axis."""
+    v, u = (torch.linspace(0, length - 1, count) for length, count in zip(image_size, feature_size, strict=True))
+    geometry, points = frustum_geometry(camera, bda), []
+    for axis in range(3):
+        cell = [2.0 * reach] * 3
+        cell[axis] = edge
+        index = frustum_cells(geometry, u, v, depths, VoxelGrid((-reach,) * 3, (reach,) * 3, tuple(cell)))
+        assert (index >= 0).all()
+        points.append((index.double() + 0.5) * edge - reach)
+    return torch.stack(points, -1)
+
+
 def literal_points(camera, bda, depths, image_size, feature_size):
     """The steps of the lift one point at a time, in float64."""
     (height, width), (h, w) = image_size, feature_size
@@ -154,10 +167,11 @@ def test_frustum_points_equal_the_literal_steps(generator, flips, angle, scale):
         rig.stack(lambda: rig.post_aug(generator, flip=True), batch * cams, batch, cams).float())
     bda = torch.stack([rig.bda(generator, flips, angle, scale), torch.eye(4, dtype=torch.float64)]).float()
     bda[0, :3, 3] = torch.tensor([0.5, -1.5, 0.25])
-    points = frustum_points(*frustum_rays(camera, bda, (32, 88), (2, 6)), depths)
+    points = frustum_points(camera, bda, (32, 88), (2, 6), depths, reach=128.0, edge=2e-5)
     expected = literal_points(camera, bda, depths, (32, 88), (2, 6))
-    assert points.shape == (2, 3, 5, 2, 6, 3) and points.dtype == torch.float32
-    np.testing.assert_allclose(points, expected, rtol=1e-5, atol=1e-5)
+    assert points.shape == (2, 3, 5, 2, 6, 3)
+    # Reading them off adds half an edge, and two roundings of distances from the bounds, up to 256 m in float32.
+    np.testing.assert_allclose(points, expected, rtol=1e-5, atol=1e-5 + 1e-5 + 2 * 256 * 2**-24)
 
 
 def test_a_camera_that_looks_ahead_sees_points_ahead(generator):
@@ -169,10 +183,10 @@ def test_a_camera_that_looks_ahead_sees_points_ahead(generator):
     intrinsics[0, 0] = intrinsics[1, 1] = 40.0
     intrinsics[0, 2], intrinsics[1, 2] = 20.0, 10.0
     camera = CameraFrame(*(m[None, None] for m in (pose, pose)), *(m[None, None] for m in (intrinsics, torch.eye(4))))
-    points = frustum_points(*frustum_rays(camera, torch.eye(4)[None], (21, 41), (3, 5)), torch.tensor([10.0]))
-    torch.testing.assert_close(points[0, 0, 0, 1, 2], torch.tensor([11.0, 0.2, 1.5]))
+    points = frustum_points(camera, torch.eye(4)[None], (21, 41), (3, 5), torch.tensor([10.0]), reach=16.0, edge=1e-5)
+    torch.testing.assert_close(points[0, 0, 0, 1, 2].float(), torch.tensor([11.0, 0.2, 1.5]))
     # The right-most column, u = 40, looks 0.5 to the right per metre: y = 0.2 - 5; the top row looks up.
-    torch.testing.assert_close(points[0, 0, 0, 0, 4], torch.tensor([11.0, -4.8, 4.0]))
+    torch.testing.assert_close(points[0, 0, 0, 0, 4].float(), torch.tensor([11.0, -4.8, 4.0]))
 
 
 def test_a_result_can_be_changed_without_changing_the_next_one(generator):

@@ -1,60 +1,21 @@
-"""Voxel indices of points, and lifting and splatting of image features against a loop."""
+"""Lifting and splatting of image features against a loop."""
 
 import itertools
 
 import camera_rig as rig
 import pytest
 import torch
+from literal_lift import literal_points
 
 from mmdet3d.models.view_transforms import LSSForwardProjection, LSSVStereoForwardProjection
-from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector, frustum_points, frustum_rays
-from mmdet3d.models.view_transforms.lift_splat import voxel_index
+from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_vector
 from mmdet3d.registry import ConfigError, build
-from mmdet3d.structures import VoxelGrid, depth_bins
+from mmdet3d.structures import depth_bins
 
-NARROW = VoxelGrid((-4, -3, -1), (6, 3, 2), (2, 1.5, 1.0))  # X, Y, Z = 5, 4, 3
 CONFIG = {"grid_config": {"x": [-6, 6, 2.0], "y": [-5, 5, 2.0], "z": [-4, 4, 2.0], "depth": [2.0, 12.0, 2.0]},
           "input_size": (32, 48), "in_channels": 6, "out_channels": 7, "downsample": 16,
           "depthnet_cfg": {"aspp_mid_channels": 4}}
 BATCH, CAMS, SIZE = 2, 3, (2, 3)
-
-
-def cell(x, y, z):
-    """Flat index in NARROW."""
-    return (z * 4 + y) * 5 + x
-
-
-@pytest.mark.parametrize("point, index", [
-    ((-4, -3, -1), cell(0, 0, 0)), ((-2, -3, -1), cell(1, 0, 0)), ((-2.01, -1.5, 0), cell(0, 1, 1)),
-    ((5.99, 2.99, 1.99), cell(4, 3, 2)), ((6, 0, 0), -1), ((0, 3, 0), -1), ((0, 0, 2), -1),
-    ((-6, 0, 0), -1), ((0, -4.5, 0), -1), ((0, 0, -2), -1)])
-def test_voxel_of_a_point(point, index):
-    assert voxel_index(torch.tensor(point, dtype=torch.float32), NARROW).item() == index
-
-
-def test_truncation_pulls_points_just_below_the_bounds_in():
-    # Half a voxel below the lower bound of each axis, then of all.
-    points = torch.tensor([[-5.0, 0, 0], [0, -3.75, 0], [0, 0, -1.5], [-5.99, -4.49, -1.99]])
-    inside = torch.tensor([cell(0, 2, 1), cell(2, 0, 1), cell(2, 2, 0), cell(0, 0, 0)], dtype=torch.int32)
-    assert torch.equal(voxel_index(points, NARROW), inside)
-    assert voxel_index(points, NARROW, truncate_toward_zero=False).tolist() == [-1] * 4
-    assert torch.equal(voxel_index(points + 2, NARROW), voxel_index(points + 2, NARROW, truncate_toward_zero=False))
-
-
-def test_points_that_no_integer_can_hold_are_outside():
-    far = torch.tensor([3e9, -3e9, 1e30, -1e30, float("inf"), -float("inf")])
-    for axis in range(3):
-        points = torch.zeros(len(far), 3)
-        points[:, axis] = far
-        for truncate in (True, False):
-            assert voxel_index(points, NARROW, truncate).tolist() == [-1] * len(far)
-
-
-def test_indices_are_flat_in_the_order_z_y_x():
-    centres = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (3, 4, 5)), indexing="ij"), -1).flip(-1)
-    points = (centres + 0.5) * torch.tensor(NARROW.cell) + torch.tensor(NARROW.low)
-    index = voxel_index(points, NARROW)
-    assert index.dtype == torch.int32 and torch.equal(index.flatten(), torch.arange(60, dtype=torch.int32))
 
 
 @pytest.fixture
@@ -73,7 +34,7 @@ def literal_volume(module, camera, bda, depth, context):
     """Each pixel's context times depth probability, dropped into its voxel; truncation by Python's int()."""
     grid = module.grid
     size_x, size_y, size_z = grid.size_xyz
-    points = frustum_points(*frustum_rays(camera, bda, module.input_size, SIZE), module.depths)
+    points = literal_points(camera, bda, module.input_size, SIZE, module.depths)
     volume = torch.zeros(BATCH, context.shape[1], size_z, size_y, size_x)
     kept = 0
     for b, n, d, v, u in itertools.product(*map(range, points.shape[:-1])):

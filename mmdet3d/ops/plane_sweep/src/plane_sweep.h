@@ -58,16 +58,6 @@ struct Lattice {
 };
 
 template <typename scalar_t>
-C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[2], scalar_t x, scalar_t y) {
-  return add(multiply(row[0], x), multiply(row[1], y));
-}
-
-template <typename scalar_t>
-C10_HOST_DEVICE MMDET3D_INLINE scalar_t dot(const scalar_t (&row)[3], scalar_t x, scalar_t y, scalar_t z) {
-  return add(add(multiply(row[0], x), multiply(row[1], y)), multiply(row[2], z));
-}
-
-template <typename scalar_t>
 struct Point {
   scalar_t x, y;
 };
