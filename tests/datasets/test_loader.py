@@ -136,7 +136,7 @@ def test_batch_on_the_device(infos, device):
     batch = next(iter(build_dataloader(make_dataset(infos, True), 1, 0, training=True)))
     moved = to_device(batch, device)
     assert torch.equal(moved["img_inputs"][0].cpu(), batch["img_inputs"][0])
-    assert {x.device.type for x in (*moved["img_inputs"][1:], *moved["points"])} == {"cpu"}
+    assert {matrix.device.type for matrix in moved["img_inputs"][1:]} == {"cpu"}
     assert {moved[key].device.type for key in ("gt_depth", "voxel_semantics_1_8", "voxel_flows")} == {device}
     assert moved["img_inputs"][0].device.type == device and moved["img_inputs"][5].device.type == "cpu"
     assert moved["img_metas"] is batch["img_metas"]

@@ -167,12 +167,13 @@ class BEVDetStereoForwardProjection(BaseModule):
                        ) -> tuple[Tensor, Tensor, Tensor, KeyFeatures | None]:
         """Both frames in one pass through the depth net, with what is there already."""
         transform, entries = self.img_view_transformer, len(images[0])
+        targets = transform.pool_targets(geometry)
         lifted = len(geometry.camera_vector) * self.num_cams // entries  # frames, the key frame last
         frames = self._features(images, reuse, cache, lifted, newest)
         matches = self._matches(frames, geometry, reuse, cache, lifted)
         neck = torch.cat([frames[f].neck for f in reversed(range(lifted))])
         matching = torch.cat(matches[::-1]) if matches else None
-        volume, depth, context = transform.lift_splat(neck, matching, geometry, lifted)
+        volume, depth, context = transform.lift_splat(neck, matching, geometry, targets, lifted)
         if lifted == 1:
             volume = torch.cat([torch.zeros_like(volume), volume], 1)
         features = KeyFeatures(*frames[0], matches[0] if matches else None) if reuse.remember else None

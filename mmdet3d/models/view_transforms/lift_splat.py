@@ -114,16 +114,15 @@ class LSSForwardProjection(BaseModule):
         Returns:
             volume [B, C, Z, Y, X]; depth probability [B * N, D, h, w]; context [B * N, C, h, w].
         """
-        return self.lift_splat(feature, None, geometry)
+        return self.lift_splat(feature, None, geometry, self.pool_targets(geometry))
 
-    def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry, frames: int = 1
-                   ) -> tuple[Tensor, Tensor, Tensor]:
+    def lift_splat(self, feature: Tensor, matching: Tensor | None, geometry: LiftGeometry,
+                   targets: Beside[PoolTargets], frames: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`forward`, with an optional stereo matching [B * N, D, h, w] for the depth.
 
-        The samples are ``frames`` times B, frame after frame, whose volumes are joined to [B, frames * C, Z, Y, X];
-        more than one in the dtype of autocast.
+        ``targets`` is :meth:`pool_targets` of the geometry. The samples are ``frames`` times B, frame after frame,
+        whose volumes are joined to [B, frames * C, Z, Y, X]; more than one in the dtype of autocast.
         """
-        targets = Beside(lambda: self.pool_targets(geometry))
         logits, context = self.depth_net(feature, geometry.camera_vector.flatten(0, 1), matching)
         depth = logits.softmax(1)
         cells, order = targets.get()
@@ -135,11 +134,14 @@ class LSSForwardProjection(BaseModule):
             volume = bev_pool_v2_stacked(*inputs, self.grid.size_zyx, frames, order=order, dtype=working_dtype(depth))
         return volume, depth, context
 
-    def pool_targets(self, geometry: LiftGeometry) -> PoolTargets:
-        """Where the frustum points of a geometry are pooled, which needs no image."""
-        cells = frustum_cells(geometry.frustum, self.columns, self.rows, self.depths, self.grid,
-                              truncate_toward_zero=self.truncate_toward_zero)
-        return PoolTargets(cells, sort_by_cell(cells, self.grid.size_zyx))
+    def pool_targets(self, geometry: LiftGeometry) -> Beside[PoolTargets]:
+        """Begin to find where the frustum points of a geometry are pooled, which needs no image."""
+        def find() -> PoolTargets:
+            cells = frustum_cells(geometry.frustum, self.columns, self.rows, self.depths, self.grid,
+                                  truncate_toward_zero=self.truncate_toward_zero)
+            return PoolTargets(cells, sort_by_cell(cells, self.grid.size_zyx))
+
+        return Beside(find)
 
 
 @NECKS.register_module()
@@ -164,7 +166,8 @@ class LSSVStereoForwardProjection(LSSForwardProjection):
     def forward(self, feature: Tensor, geometry: LiftGeometry, stereo: Tensor, older_stereo: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor]:
         """As the parent's, with the stereo features [B * N, C4, H4, W4] of this frame and of the frame before."""
-        return self.lift_splat(feature, self.matching(stereo, older_stereo, geometry.sweep), geometry)
+        return self.lift_splat(feature, self.matching(stereo, older_stereo, geometry.sweep), geometry,
+                               self.pool_targets(geometry))
 
     def matching(self, stereo: Tensor, older_stereo: Tensor, geometry: SweepGeometry) -> Tensor:
         """[B * N, D, h, w] what the depth net sees of the stereo features of a frame and of the frame before."""

@@ -177,7 +177,7 @@ def test_a_frame_never_waits_for_the_device():
     memory = None
     for inputs, metas in samples:
         given = model.camera_inputs([inputs[0].cuda(), *inputs[1:]])
-        plan = model.plan(given, model.frame_meta(metas), memory, "cuda").to("cuda")
+        plan = model.plan(given, model.frame_meta(metas), memory, given.images.device).to("cuda")
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
