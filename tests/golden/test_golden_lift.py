@@ -12,6 +12,7 @@ from mmdet3d.models.view_transforms.geometry import CameraFrame, camera_frames
 from mmdet3d.models.view_transforms.lift_splat import PoolTargets
 from mmdet3d.ops import sort_by_cell
 from mmdet3d.structures import CameraInputs
+from mmdet3d.utils.beside import Beside
 
 BATCH, FLIPS = 2, ((1, -1), (-1, -1))
 COMPARED = ("coarse_voxel_0", "coarse_voxel_1", "coarse_voxel_2", "semantic_logits")
@@ -48,7 +49,7 @@ def test_every_voxel_of_the_golden_inputs(shared, device, model):
     for img_inputs in golden_inputs(shared):
         inputs = CameraInputs.from_img_inputs(img_inputs, projection.num_cams, projection.num_frames)
         lifts = map_tensors(lambda tensor: tensor.to(device), projection.geometry(inputs))
-        cells = projection.img_view_transformer.pool_targets(lifts).cells
+        cells = projection.img_view_transformer.pool_targets(lifts).get().cells
         assert torch.equal(cells.cpu(), expected_cells(model, inputs))
 
 
@@ -62,7 +63,7 @@ def test_the_model_sees_the_voxels_of_the_literal_steps(shared, device, model, m
     tensors = []
     transform = model.forward_projection.img_view_transformer
     cells = expected_cells(model, model.camera_inputs(img_inputs)).to(device)
-    literal = PoolTargets(cells, sort_by_cell(cells, transform.grid.size_zyx))
+    literal = Beside(lambda: PoolTargets(cells, sort_by_cell(cells, transform.grid.size_zyx)))
     for pool_targets in (transform.pool_targets, lambda geometry: literal):
         monkeypatch.setattr(transform, "pool_targets", pool_targets)
         with torch.no_grad():

@@ -134,46 +134,6 @@ def frustum_points(camera, bda, image_size, feature_size, depths, reach, edge):
     return torch.stack(points, -1)
 
 
-def literal_points(camera, bda, depths, image_size, feature_size):
-    """The steps of the lift one point at a time, in float64."""
-    (height, width), (h, w) = image_size, feature_size
-    batch, cams = camera.intrinsics.shape[:2]
-    points = np.zeros((batch, cams, len(depths), h, w, 3))
-    for b in range(batch):
-        for n in range(cams):
-            A = np.eye(3)
-            A[:2, :2] = camera.post_aug[b, n, :2, :2].double()
-            t = np.array([*camera.post_aug[b, n, :2, 2].double(), 0])
-            K = camera.intrinsics[b, n, :3, :3].double().numpy()
-            pose = camera.key_ego_from_camera[b, n].double().numpy()
-            aug = bda[b].double().numpy()
-            for i, d in enumerate(depths.double().numpy()):
-                for y, v in enumerate(np.linspace(0, height - 1, h)):
-                    for x, u in enumerate(np.linspace(0, width - 1, w)):
-                        P = np.linalg.inv(A) @ (np.array([u, v, d]) - t)
-                        P = np.array([P[0] * P[2], P[1] * P[2], P[2]])
-                        P = pose[:3, :3] @ np.linalg.inv(K) @ P + pose[:3, 3]
-                        points[b, n, i, y, x] = aug[:3, :3] @ P + aug[:3, 3]
-    return points
-
-
-@pytest.mark.parametrize("flips, angle, scale", [((1, 1), 0.0, 1.0), ((-1, 1), 0.0, 1.0), ((1, -1), 0.0, 1.0),
-                                                 ((-1, -1), 0.35, 1.05)])
-def test_frustum_points_equal_the_literal_steps(generator, flips, angle, scale):
-    batch, cams, depths = 2, 3, torch.tensor([1.0, 17.5, 44.5, 30.25, 8.5])
-    camera = CameraFrame(
-        rig.stack(lambda: rig.pose(generator), batch * cams, batch, cams).float(), None,
-        rig.stack(lambda: rig.intrinsics(generator), batch * cams, batch, cams).float(),
-        rig.stack(lambda: rig.post_aug(generator, flip=True), batch * cams, batch, cams).float())
-    bda = torch.stack([rig.bda(generator, flips, angle, scale), torch.eye(4, dtype=torch.float64)]).float()
-    bda[0, :3, 3] = torch.tensor([0.5, -1.5, 0.25])
-    points = frustum_points(camera, bda, (32, 88), (2, 6), depths, reach=128.0, edge=2e-5)
-    expected = literal_points(camera, bda, depths, (32, 88), (2, 6))
-    assert points.shape == (2, 3, 5, 2, 6, 3)
-    # Reading them off adds half an edge, and two roundings of distances from the bounds, up to 256 m in float32.
-    np.testing.assert_allclose(points, expected, rtol=1e-5, atol=1e-5 + 1e-5 + 2 * 256 * 2**-24)
-
-
 def test_a_camera_that_looks_ahead_sees_points_ahead(generator):
     """A camera at (1, 0.2, 1.5) whose optical axis is the ego's x axis: the principal point at 10 m is 11 m ahead."""
     pose = torch.eye(4)

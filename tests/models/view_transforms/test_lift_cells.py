@@ -55,7 +55,7 @@ def test_every_voxel_is_that_of_the_literal_steps(transform, device, seed):
     expected = literal_cells(points, transform.grid)
     assert expected.shape == (4, CAMS, 88, 16, 44) and 0.3 < (expected >= 0).float().mean() < 0.8
     geometry = transform.geometry(camera, camera.key_ego_from_camera, bda)
-    cells, order = transform.to(device).pool_targets(map_tensors(lambda tensor: tensor.to(device), geometry))
+    cells, order = transform.to(device).pool_targets(map_tensors(lambda tensor: tensor.to(device), geometry)).get()
     assert cells.dtype == torch.int32 and torch.equal(cells.cpu(), expected) and order is not None
 
 
