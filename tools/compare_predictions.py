@@ -17,7 +17,7 @@ import numpy as np
 
 from mmdet3d.datasets.infos import DataError
 from mmdet3d.datasets.labels import OPENOCC, label_set
-from mmdet3d.datasets.metrics.npz import read_arrays
+from mmdet3d.datasets.npz import read_arrays
 from mmdet3d.utils.command import run_tool
 from mmdet3d.utils.files import write_json
 
@@ -32,9 +32,7 @@ def prediction_files(folder: str) -> dict[str, Path]:
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Classes, and flow where there is one."""
-    arrays = read_arrays(path, ("semantics", "flow"))
-    if "semantics" not in arrays:
-        raise DataError(f"{path}: the array 'semantics' is missing")
+    arrays = read_arrays(path, "semantics", optional=("flow",))
     return arrays["semantics"], arrays.get("flow")
 
 

@@ -61,10 +61,10 @@ def find_prediction(folder: Path, info: Mapping) -> Path:
 def read_prediction(folder: Path, info: Mapping):
     """Labels and flow (None if there is none) of the prediction of a sample."""
     from mmdet3d.datasets.infos import DataError
-    from mmdet3d.datasets.metrics.files import read_arrays
+    from mmdet3d.datasets.npz import read_arrays
 
     path = find_prediction(folder, info)
-    arrays = read_arrays(path, ("semantics", "pred", "flow"))
+    arrays = read_arrays(path, optional=("semantics", "pred", "flow"))
     semantics = arrays.get("semantics", arrays.get("pred"))
     if semantics is None or semantics.ndim != 3 or semantics.dtype.kind not in "iu":
         raise DataError(f"{path}: expected whole numbers 'semantics' of shape (X, Y, Z)")

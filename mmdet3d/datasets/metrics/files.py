@@ -13,10 +13,10 @@ import torch
 
 from mmdet3d.datasets.infos import DataError, scene_name
 from mmdet3d.datasets.labels import LabelSet, label_set
+from mmdet3d.datasets.npz import read_arrays
 from mmdet3d.utils.files import prediction_path
 
 from .hit_cache import HitCache
-from .npz import read_arrays
 from .ray_iou import RayMetric
 from .voxel_iou import VoxelMIoU
 
@@ -108,7 +108,7 @@ def read_sample(files: SampleFiles, labels: LabelSet) -> Sample:
     Raises:
         DataError: a file is missing or damaged, lacks an array, or has no free voxel.
     """
-    predicted, true = read_arrays(files.prediction, _ARRAYS), read_arrays(files.ground_truth, _ARRAYS)
+    predicted, true = (read_arrays(path, optional=_ARRAYS) for path in (files.prediction, files.ground_truth))
     needed = "mask_camera" if labels.name == "occ3d" else "flow"
     if needed not in true:
         raise DataError(f"{files.ground_truth} has no array {needed!r}; is it a label file of {labels.name}?")

@@ -1,7 +1,5 @@
 """Occupancy labels of a sample at full and coarser resolutions, read from label files or computed on the fly."""
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +9,7 @@ from mmdet3d.datasets.converters.label_files import label_folder
 from mmdet3d.datasets.converters.multiscale_gt import block_shape, downsample_labels, downsample_scales
 from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL, OCC3D, OPENOCC, LabelSet
+from mmdet3d.datasets.npz import read_arrays
 from mmdet3d.datasets.pipelines.compose import require, sample_error
 from mmdet3d.registry import PIPELINES
 
@@ -180,15 +179,9 @@ class OccupancyLoader:
                                                     "this step does without it")
             raise sample_error(self, results, f"{error}{hint}") from None
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if missing := [key for key in keys if key not in file]:
-                    raise sample_error(self, results, f"{path}: arrays {missing} are missing; found {file.files}")
-                return path, {key: file[key] for key in keys}
-        except DataError:
-            raise
-        except (OSError, EOFError, ValueError, AttributeError, NotImplementedError, RuntimeError,
-                zipfile.BadZipFile, zlib.error) as error:  # what damaged bytes make NumPy and zipfile raise
-            raise sample_error(self, results, f"cannot read label file {path}: {error}") from error
+            return path, read_arrays(path, *keys)
+        except DataError as error:
+            raise sample_error(self, results, f"cannot read label file {error}") from None
 
 
 @PIPELINES.register_module()
