@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet3d.utils.files import atomic_write
+from mmdet3d.utils.safe_pickle import numpy_globals
 
 logger = logging.getLogger(__name__)
 
@@ -231,19 +232,17 @@ def _renamed(function: Callable, module: str, name: str) -> Callable:
 
 
 @functools.lru_cache(maxsize=1)
-def _numpy_globals() -> tuple[Any, ...]:
+def _safe_globals() -> tuple[Any, ...]:
     """What NumPy numbers and arrays of plain types need to be read: constructors only, none for objects."""
-    scalar = np.float64(0).__reduce__()[0]
-    array = np.zeros(1).__reduce__()[0]
-    functions = [_renamed(function, f"{package}.multiarray", function.__name__)
-                 for function in (scalar, array) for package in ("numpy.core", "numpy._core")]
-    return (*functions, np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in _NUMPY_TYPES})
+    named = [entry if isinstance(entry, type) else _renamed(entry, module, name)
+             for (module, name), entry in numpy_globals().items()]
+    return (*named, *{type(np.dtype(kind)) for kind in _NUMPY_TYPES})
 
 
 @contextlib.contextmanager
 def _numpy_allowed() -> Iterator[None]:
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals([g for g in _numpy_globals() if g not in before])
+    torch.serialization.add_safe_globals([g for g in _safe_globals() if g not in before])
     try:
         yield
     finally:
