@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from mmdet3d.utils.files import atomic_write
 from mmdet3d.utils.safe_pickle import numpy_globals
+from mmdet3d.utils.text import listing
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5
 _ZIP_START = b"PK\x03\x04"
 # torch.save before 1.6 began every file with this number
 _LEGACY_STARTS = tuple(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=p) for p in range(2, 6))
@@ -72,24 +72,19 @@ class LoadReport:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
         lines = [f"{self.path}: loaded {len(self.loaded)} of the model's {total} entries", *self._differences()]
         if self.nonfinite:
-            lines.append(f"{len(self.nonfinite)} loaded entries hold NaN or infinity: {_some(self.nonfinite)}")
+            lines.append(f"{len(self.nonfinite)} loaded entries hold NaN or infinity: {listing(self.nonfinite)}")
         return "\n  ".join(lines)
 
     def _differences(self) -> list[str]:
         shapes = [f"{key} ({_words(found)} in the file, {_words(expected)} in the model)"
                   for key, found, expected in self.mismatched]
-        return [f"{len(entries)} {what}: {_some(entries)}"
+        return [f"{len(entries)} {what}: {listing(entries)}"
                 for what, entries in (("missing in the file", self.missing), ("unknown to the model", self.unexpected),
                                       ("of another shape", shapes)) if entries]
 
 
 def _words(shape: tuple[int, ...] | None) -> str:
     return "no tensor" if shape is None else str(list(shape))
-
-
-def _some(entries: list[str] | tuple[str, ...]) -> str:
-    more = len(entries) - _SHOWN
-    return ", ".join(entries[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def read_checkpoint(path: str | os.PathLike, allow_unsafe: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
@@ -119,7 +114,7 @@ def read_checkpoint(path: str | os.PathLike, allow_unsafe: bool = False, map_loc
     if "state_dict" not in content:
         if not content or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path}: a dict without the key 'state_dict' whose values are not all tensors; "
-                                  f"found the keys {_some([repr(key) for key in content]) or '(none)'}")
+                                  f"found the keys {listing([repr(key) for key in content]) or '(none)'}")
         content = {"state_dict": content}
     content["state_dict"] = _clean_state_dict(path, content["state_dict"])
     return content
@@ -129,7 +124,7 @@ def _clean_state_dict(path: Path, state_dict: Any) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping) or not any(isinstance(v, Tensor) for v in state_dict.values()):
         raise CheckpointError(f"{path}: its state_dict is a {type(state_dict).__name__} without any tensor")
     if wrong := [repr(key) for key in state_dict if not isinstance(key, str)]:
-        raise CheckpointError(f"{path}: its state_dict has keys that are no names: {_some(wrong)}")
+        raise CheckpointError(f"{path}: its state_dict has keys that are no names: {listing(wrong)}")
     if all(key.startswith("module.") for key in state_dict):
         return {key.removeprefix("module."): value for key, value in state_dict.items()}
     return dict(state_dict)
@@ -141,7 +136,7 @@ def _check_file(path: Path) -> None:
         if path.is_dir():
             inside = sorted(p.name for p in path.glob("*.pth"))
             raise CheckpointError(f"{path}: is a folder, expected a file"
-                                  + (f"; it holds {_some(inside)}" if inside else ""))
+                                  + (f"; it holds {listing(inside)}" if inside else ""))
         if not path.exists():
             raise CheckpointError(f"{path}: no such file{_near_names(path)}")
         with path.open("rb") as file:
@@ -166,7 +161,7 @@ def _check_archive(path: Path) -> None:
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(f"{path}: a TorchScript model, expected a checkpoint of torch.save")
     if not any(name.endswith("/data.pkl") for name in names):
-        raise CheckpointError(f"{path}: a zip archive, but not one of torch.save (it holds {_some(names)})")
+        raise CheckpointError(f"{path}: a zip archive, but not one of torch.save (it holds {listing(names)})")
 
 
 def _guess_kind(start: bytes) -> str:
@@ -187,7 +182,7 @@ def _near_names(path: Path) -> str:
         return f"; the folder {folder} does not exist either"
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or [n for n in names if n.endswith(".pth")]
-    return f"; in the same folder: {_some(near)}" if near else f"; {folder} holds no .pth file"
+    return f"; in the same folder: {listing(near)}" if near else f"; {folder} holds no .pth file"
 
 
 def _unpickle(path: Path, allow_unsafe: bool, map_location: Any) -> Any:

@@ -17,6 +17,7 @@ from mmdet3d.core.hooks.builder import HOOKS
 from mmdet3d.core.parallel import unwrap
 from mmdet3d.registry import ConfigError
 from mmdet3d.utils.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from mmdet3d.utils.text import listing
 
 
 def ema_decay(updates: int, decay: float = 0.9990) -> float:
@@ -141,7 +142,7 @@ class MEGVIIEMAHook(Hook):
         if shapes[0] != shapes[1] or not isinstance(updates, int):
             wrong = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
             raise CheckpointError(f"{place}: expected the entries of the model and the number of updates; updates is "
-                                  f"{updates!r}, {len(wrong)} entries differ: {', '.join(wrong[:5])}")
+                                  f"{updates!r}, {len(wrong)} entries differ: {listing(wrong)}")
         for name, value in self._average.items():
             value.copy_(entries[name])
         self.updates = updates

@@ -6,7 +6,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mmdet3d.datasets.converters.label_files import label_folder
-from mmdet3d.datasets.converters.multiscale_gt import block_shape, downsample_labels, downsample_scales
+from mmdet3d.datasets.converters.multiscale_gt import (
+    block_shape,
+    coarsen_flow,
+    coarsen_mask,
+    downsample_labels,
+    downsample_scales,
+)
 from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL, OCC3D, OPENOCC, LabelSet
 from mmdet3d.datasets.npz import read_arrays
@@ -17,59 +23,6 @@ from mmdet3d.registry import PIPELINES
 def openocc_path(occ_path: str) -> str:
     """Folder of the OpenOcc label of a sample, see :func:`label_folder`, without a leading ``./``."""
     return str(PurePosixPath(label_folder(occ_path, "openocc")))
-
-
-def coarsen_mask(mask: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
-    """Which voxels of a coarser grid count as observed.
-
-    A coarse voxel is observed if at least one of its fine voxels is observed and has the label of the coarse voxel:
-    what the label says was then seen somewhere in it, and is not only known from lidar.
-
-    Args:
-        mask: (X, Y, Z), not zero where a voxel is observed.
-        labels: (X, Y, Z) labels.
-        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
-
-    Returns:
-        (X / a, Y / b, Z / c) uint8, 0 or 1.
-    """
-    blocks = _blocks(labels.shape, coarse_labels.shape)
-    seen = (labels.reshape(blocks) == coarse_labels[:, None, :, None, :, None]) & (mask.reshape(blocks) != 0)
-    return seen.any(axis=(1, 3, 5)).astype(np.uint8)
-
-
-def coarsen_flow(flow: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
-    """Flow of a coarser grid: the mean over those fine voxels of a block that have the label of the coarse voxel.
-
-    The value 255, which stands for "unknown", does not enter the mean; where nothing else is there, it stays. A coarse
-    voxel whose label none of its fine voxels has gets 0.
-
-    Args:
-        flow: (X, Y, Z, 2) velocity along x and y in m/s.
-        labels: (X, Y, Z) labels.
-        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
-
-    Returns:
-        (X / a, Y / b, Z / c, 2) in the type of ``flow``, float32 for whole numbers.
-    """
-    blocks = _blocks(labels.shape, coarse_labels.shape)
-    values = flow.reshape(*blocks, 2)
-    busy = np.nonzero((values != 0).any(axis=(1, 3, 5, 6)))  # K of the coarse voxels: where nothing moves, all is 0
-    x, y, z = busy
-    values = values[x, :, y, :, z]  # (K, a, b, c, 2)
-    same = (labels.reshape(blocks)[x, :, y, :, z] == coarse_labels[busy][:, None, None, None])[..., None]
-    known = same & (values != IGNORE_LABEL)
-    inside = (1, 2, 3)
-    count = known.sum(axis=inside)
-    mean = np.where(known, values, 0).sum(axis=inside, dtype=np.float64) / np.maximum(count, 1)
-    result = np.zeros((*coarse_labels.shape, 2), flow.dtype if flow.dtype.kind == "f" else np.float32)
-    result[busy] = np.where((count == 0) & same.any(axis=inside), IGNORE_LABEL, mean)
-    return result
-
-
-def _blocks(fine: Sequence[int], coarse: Sequence[int]) -> list[int]:
-    """Shape that gives every block of a fine grid axes of its own: (X / a, a, Y / b, b, Z / c, c)."""
-    return [size for n, whole in zip(coarse, fine, strict=True) for size in (n, whole // n)]
 
 
 class OccupancyLoader:
@@ -209,9 +162,7 @@ class LoadOccGTFromFileOpenOcc(OccupancyLoader):
 
     def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
         """Add the flow of the finest scale."""
-        flow = arrays["flow"]
-        results["voxel_flows"] = flow if self.coarsen == (1, 1, 1) else coarsen_flow(flow, arrays["semantics"],
-                                                                                     scales[""])
+        results["voxel_flows"] = coarsen_flow(arrays["flow"], arrays["semantics"], scales[""])
 
 
 @PIPELINES.register_module()
@@ -257,8 +208,7 @@ class LoadOccGTFromFileCVPR2023(OccupancyLoader):
             return
         fine, mask = arrays["semantics"], arrays["mask_camera"]
         for suffix, grid in scales.items():
-            same_size = grid.shape == fine.shape
-            seen = (mask != 0).astype(np.uint8) if same_size else coarsen_mask(mask, fine, grid)
+            seen = coarsen_mask(mask, fine, grid)
             if self.camera_mask:
                 results[f"mask_camera{suffix}"] = seen
             if self.ignore_unobserved:

@@ -4,15 +4,9 @@ import data_world
 import numpy as np
 import pytest
 
-from mmdet3d.datasets.converters.multiscale_gt import downsample_labels
+from mmdet3d.datasets.converters.multiscale_gt import coarsen_flow, coarsen_mask, downsample_labels
 from mmdet3d.datasets.infos import DataError
-from mmdet3d.datasets.pipelines.occupancy import (
-    LoadOccGTFromFileCVPR2023,
-    LoadOccGTFromFileOpenOcc,
-    coarsen_flow,
-    coarsen_mask,
-    openocc_path,
-)
+from mmdet3d.datasets.pipelines.occupancy import LoadOccGTFromFileCVPR2023, LoadOccGTFromFileOpenOcc, openocc_path
 
 GRID = data_world.GRID
 SCALES = {"scale_1_2": True, "scale_1_4": True, "scale_1_8": True}
