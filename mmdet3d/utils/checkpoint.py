@@ -70,17 +70,19 @@ class LoadReport:
     def summary(self) -> str:
         """How much was loaded, and a line with count and first entries for each kind of difference."""
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        lines = [f"{self.path}: loaded {len(self.loaded)} of the model's {total} entries", *self._differences()]
+        lines = [f"{self.path}: loaded {len(self.loaded)} of the model's {total} entries", *self.differences()]
         if self.nonfinite:
             lines.append(f"{len(self.nonfinite)} loaded entries hold NaN or infinity: {listing(self.nonfinite)}")
         return "\n  ".join(lines)
 
-    def _differences(self) -> list[str]:
-        shapes = [f"{key} ({_words(found)} in the file, {_words(expected)} in the model)"
+    def differences(self, owner: str = "model") -> list[str]:
+        """A line for each kind of difference, with its number and first entries; ``owner``: what has the entries."""
+        shapes = [f"{key} ({_words(found)} in the file, {_words(expected)} in the {owner})"
                   for key, found, expected in self.mismatched]
         return [f"{len(entries)} {what}: {listing(entries)}"
-                for what, entries in (("missing in the file", self.missing), ("unknown to the model", self.unexpected),
-                                      ("of another shape", shapes)) if entries]
+                for what, entries in (("missing in the file", self.missing),
+                                      (f"unknown to the {owner}", self.unexpected), ("of another shape", shapes))
+                if entries]
 
 
 def _words(shape: tuple[int, ...] | None) -> str:
@@ -271,10 +273,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, strict: bool =
     checkpoint = read_checkpoint(path, allow_unsafe, map_location)
     if averaged and "updates" not in checkpoint:
         checkpoint = _averaged_weights(path, checkpoint)
+    return load_weights(model, checkpoint, path, strict=strict)
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, *, strict: bool = True) -> LoadReport:
+    """Do as :func:`load_checkpoint` with what :func:`read_checkpoint` has read from ``path``."""
     while isinstance(getattr(model, "module", None), nn.Module) and all(
             key.startswith("module.") for key in model.state_dict()):
         model = model.module
-    fitting, report = _compare(path, checkpoint, model.state_dict())
+    fitting, report = compare_weights(path, checkpoint, model.state_dict())
     if not report.loaded or (strict and not report.complete):
         raise CheckpointError(_misfit_message(report, type(model).__name__, strict))
     model.load_state_dict(fitting, strict=False)
@@ -291,7 +298,13 @@ def _averaged_weights(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, An
     return {**state, "state_dict": _clean_state_dict(path, state["state_dict"])}
 
 
-def _compare(path: Path, checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
+def compare_weights(path: Path, checkpoint: Mapping[str, Any], own: Mapping[str, Any]
+                    ) -> tuple[dict[str, Any], LoadReport]:
+    """Entries of a checkpoint read from ``path`` that agree in key and shape with the state dict ``own``, and a report.
+
+    Raises:
+        CheckpointError: an entry's numbers cannot be kept in its data type in ``own``, or that is on the meta device.
+    """
     entries = checkpoint["state_dict"]
     fitting, mismatched = {}, []
     for key in own:
@@ -336,7 +349,7 @@ def _check_type(path: Path, key: str, value: Any, own: Any) -> None:
 
 
 def _misfit_message(report: LoadReport, model: str, strict: bool) -> str:
-    differences = "".join(f"\n  {line}" for line in report._differences())
+    differences = "".join(f"\n  {line}" for line in report.differences())
     if not report.loaded:
         remedy = "nothing was loaded. Is it the checkpoint of another model?"
     else:

@@ -12,7 +12,7 @@ import torch
 from mmcv.runner import Hook
 from torch import Tensor
 
-from mmdet3d.core.checkpointing import between_steps, is_resumed, restored_hook_state, to_plain
+from mmdet3d.core.checkpointing import between_steps, to_plain
 from mmdet3d.core.hooks.builder import HOOKS
 from mmdet3d.core.parallel import unwrap
 from mmdet3d.registry import ConfigError
@@ -83,17 +83,17 @@ class MEGVIIEMAHook(Hook):
         Raises:
             CheckpointError: the saved average does not fit the model.
         """
-        saved, place = restored_hook_state(runner, self.state_key), "the checkpoint's averaged weights"
         if runner.rank != 0:
             return
+        saved, place = runner.resumed and runner.resumed.hook_states.get(self.state_key), "the checkpoint's averages"
         source = unwrap(runner.model).state_dict(keep_vars=True)
         self._average = {name: value.detach().clone() for name, value in source.items()}
         self.updates, self._finished = self.init_updates, runner.iter
-        if is_resumed(runner) and self.restart_on_resume:
+        if self.restart_on_resume:
             saved = None
         if saved is None and self.resume is not None:
             saved, place = read_checkpoint(self.resume), str(self.resume)
-        elif saved is None and is_resumed(runner):
+        elif saved is None and runner.resumed:
             runner.logger.warning("averaged weights begin anew with the resumed weights and %d updates", self.updates)
         if saved is not None:
             self._load(saved, place)
