@@ -1,7 +1,6 @@
 """Occupancy labels of a sample at full and coarser resolutions, read from label files or computed on the fly."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -18,11 +17,6 @@ from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL, OCC3D, OPENOCC, Lab
 from mmdet3d.datasets.npz import read_arrays
 from mmdet3d.datasets.pipelines.compose import require, sample_error
 from mmdet3d.registry import PIPELINES
-
-
-def openocc_path(occ_path: str) -> str:
-    """Folder of the OpenOcc label of a sample, see :func:`label_folder`, without a leading ``./``."""
-    return str(PurePosixPath(label_folder(occ_path, "openocc")))
 
 
 class OccupancyLoader:
@@ -48,6 +42,7 @@ class OccupancyLoader:
     """
 
     labels: LabelSet
+    camera_mask = ignore_unobserved = False
 
     def __init__(self, scale_1_2: bool = False, scale_1_4: bool = False, scale_1_8: bool = False, *,
                  compute_scales: bool = False, grid_size: Sequence[int] = GRID_SIZE,
@@ -65,10 +60,6 @@ class OccupancyLoader:
             raise ValueError(f"coarsen={coarsen!r}: there are no files with coarser scales of that grid; set "
                              "compute_scales=True")
 
-    def folder(self, occ_path: str) -> str:
-        """Where the labels of a sample are, for the ``occ_path`` of its record."""
-        return occ_path
-
     def __call__(self, results: dict) -> dict:
         """Add the labels of ``occ_gt_path``.
 
@@ -79,21 +70,19 @@ class OccupancyLoader:
         arrays = self.read_labels(results)
         scales = self._scales(results, arrays["semantics"])
         results.update({f"voxel_semantics{suffix}": grid for suffix, grid in scales.items()})
-        self.add_others(results, arrays, scales)
+        if "flow" in arrays:
+            results["voxel_flows"] = coarsen_flow(arrays["flow"], arrays["semantics"], scales[""])
+        for suffix, grid in scales.items() if "mask_camera" in arrays else ():
+            seen = coarsen_mask(arrays["mask_camera"], arrays["semantics"], grid)
+            if self.camera_mask:
+                results[f"mask_camera{suffix}"] = seen
+            if self.ignore_unobserved:
+                results[f"voxel_semantics{suffix}"] = np.where(seen, grid, np.uint8(IGNORE_LABEL))
         return results
 
     def read_labels(self, results: Mapping) -> dict[str, np.ndarray]:
         """What is needed of ``labels.npz``, at the resolution of the file."""
         return self.read_semantics(results, "labels.npz", 1)
-
-    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
-        """Add what belongs to the labels.
-
-        Args:
-            results: Where to add it.
-            arrays: What :meth:`read_labels` gave.
-            scales: Labels of every scale by the suffix of its keys, the finest under "".
-        """
 
     def _scales(self, results: Mapping, fine: np.ndarray) -> dict[str, np.ndarray]:
         """Labels of every scale by the suffix of its keys."""
@@ -110,7 +99,17 @@ class OccupancyLoader:
 
     def read_semantics(self, results: Mapping, name: str, factor: int, *others: str) -> dict[str, np.ndarray]:
         """``semantics``, checked, and ``others`` of the file ``name`` of a sample."""
-        path, arrays = self._read(results, name, ("semantics", *others))
+        relative = f"{label_folder(results['occ_gt_path'], self.labels.name)}/{name}"
+        try:
+            path = resolve_path(relative, results.get("info_file"))
+        except DataError as error:
+            hint = "" if name == "labels.npz" else ("; tools/generate_ms_occ.py makes it, and compute_scales=True of "
+                                                    "this step does without it")
+            raise sample_error(self, results, f"{error}{hint}") from None
+        try:
+            arrays = read_arrays(path, "semantics", *others)
+        except DataError as error:
+            raise sample_error(self, results, f"cannot read label file {error}") from None
         grid = arrays["semantics"]
         shape = tuple(n // factor for n in self.grid_size)
         if grid.shape != shape or grid.dtype.kind not in "iu":
@@ -123,19 +122,6 @@ class OccupancyLoader:
                                               f"{IGNORE_LABEL} (ignore)")
         return arrays
 
-    def _read(self, results: Mapping, name: str, keys: Sequence[str]) -> tuple[Path, dict[str, np.ndarray]]:
-        relative = f"{self.folder(results['occ_gt_path'])}/{name}"
-        try:
-            path = resolve_path(relative, results.get("info_file"))
-        except DataError as error:
-            hint = "" if name == "labels.npz" else ("; tools/generate_ms_occ.py makes it, and compute_scales=True of "
-                                                    "this step does without it")
-            raise sample_error(self, results, f"{error}{hint}") from None
-        try:
-            return path, read_arrays(path, *keys)
-        except DataError as error:
-            raise sample_error(self, results, f"cannot read label file {error}") from None
-
 
 @PIPELINES.register_module()
 class LoadOccGTFromFileOpenOcc(OccupancyLoader):
@@ -147,10 +133,6 @@ class LoadOccGTFromFileOpenOcc(OccupancyLoader):
 
     labels = OPENOCC
 
-    def folder(self, occ_path: str) -> str:
-        """The folder of the OpenOcc labels."""
-        return openocc_path(occ_path)
-
     def read_labels(self, results: Mapping) -> dict[str, np.ndarray]:
         """Labels and flow."""
         arrays = self.read_semantics(results, "labels.npz", 1, "flow")
@@ -159,10 +141,6 @@ class LoadOccGTFromFileOpenOcc(OccupancyLoader):
             raise sample_error(self, results, f"labels.npz: flow: expected numbers of shape "
                                               f"{(*self.grid_size, 2)}, found {flow.dtype} of shape {flow.shape}")
         return arrays
-
-    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
-        """Add the flow of the finest scale."""
-        results["voxel_flows"] = coarsen_flow(arrays["flow"], arrays["semantics"], scales[""])
 
 
 @PIPELINES.register_module()
@@ -201,18 +179,6 @@ class LoadOccGTFromFileCVPR2023(OccupancyLoader):
             raise sample_error(self, results, f"labels.npz: mask_camera: expected shape {self.grid_size}, found "
                                               f"{arrays['mask_camera'].shape}")
         return arrays
-
-    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
-        """Add the masks, or ignore what they leave out."""
-        if "mask_camera" not in arrays:
-            return
-        fine, mask = arrays["semantics"], arrays["mask_camera"]
-        for suffix, grid in scales.items():
-            seen = coarsen_mask(mask, fine, grid)
-            if self.camera_mask:
-                results[f"mask_camera{suffix}"] = seen
-            if self.ignore_unobserved:
-                results[f"voxel_semantics{suffix}"] = np.where(seen, grid, np.uint8(IGNORE_LABEL))
 
 
 def ground_truth_step(labels: LabelSet, options: Mapping | None = None) -> OccupancyLoader:

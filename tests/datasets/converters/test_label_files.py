@@ -22,6 +22,9 @@ from mmdet3d.datasets.npz import read_headers
     ("data/my_gts/x/scene/abc", "data/my_gts/x/scene/abc"),
     ("data/gts/gts/gts", "data/gts/gts/gts".replace("data/gts", "data/openocc_v2")),
     ("data\\gts\\scene\\abc", "data/openocc_v2/scene/abc"),
+    ("/x/mygts/gts/scene/abc", "/x/mygts/openocc_v2/scene/abc"),
+    ("gts/gts/s/t", "gts/openocc_v2/s/t"),
+    ("a/b", "a/b"),
 ])
 def test_only_the_folder_above_the_scene_is_renamed(path, openocc):
     assert label_folder(path, "openocc") == openocc
