@@ -74,7 +74,7 @@ def score_untrained(cfg, device, args: argparse.Namespace):
 def run(args: argparse.Namespace) -> None:
     """Score, print and write."""
     from mmdet3d.apis.inference import choose_device, load_config
-    from mmdet3d.apis.test import evaluation_record, write_record
+    from mmdet3d.apis.test import write_record
     from mmdet3d.datasets.metrics.moving import format_moving
     from mmdet3d.utils.logging import setup_logger
 
@@ -85,15 +85,15 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     score = score_majority if args.predictor == "majority" else score_untrained
     evaluation, about = score(cfg, device, args)
-    record = evaluation_record(evaluation, config=args.config, predictor=args.predictor, seed=args.seed,
-                               device=device.type, **about)
+    path = write_record(args.out, evaluation, config=args.config, predictor=args.predictor, seed=args.seed,
+                        device=device.type, **about)
     summary = evaluation.summary
     print(summary.table())
     print(f"{args.predictor}: RayIoU {summary.rays['RayIoU']:.4f}, voxel mIoU {summary.voxels['miou']:.2f} %, "
           f"{evaluation.samples} samples in {evaluation.seconds:.0f} s")
-    if summary.moving is not None and summary.moving["rays"]:
+    if summary.moving["rays"]:
         print(format_moving(summary.moving))
-    print(f"results: {write_record(args.out, record)}")
+    print(f"results: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 from mmdet3d.datasets.converters.multiscale_gt import FACTORS, downsample_scales
 from mmdet3d.datasets.converters.parallel import available_cpus
 from mmdet3d.datasets.infos import load_infos
+from mmdet3d.datasets.npz import read_arrays
 from mmdet3d.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,8 +103,7 @@ def literal_tool(infos: list[dict], free: int) -> None:
     """The same files, one sample and one block after the other."""
     literal = load_literal()
     for info in infos:
-        with np.load(f"{info['occ_path']}/labels.npz") as content:
-            labels = content["semantics"]
+        labels = read_arrays(f"{info['occ_path']}/labels.npz", "semantics")["semantics"]
         for factor in (2, 4, 8):
             grid = literal(labels, factor, free)
             np.savez_compressed(f"{info['occ_path']}/labels_1_{factor}.npz", semantics=grid, flow=grid)
@@ -133,8 +133,7 @@ def bench_tool(labels: np.ndarray, dataset: str, workers: int, samples: int, lit
 def bench_multiscale(args: argparse.Namespace) -> list[dict]:
     """Both measurements of the coarse labels."""
     if args.labels:
-        with np.load(args.labels, allow_pickle=False) as content:
-            labels = np.ascontiguousarray(content["semantics"].astype(np.uint8))
+        labels = np.ascontiguousarray(read_arrays(args.labels, "semantics")["semantics"].astype(np.uint8))
     else:
         labels = street()
     return [bench_grids(labels, FREE[args.dataset], args.rounds),

@@ -17,9 +17,10 @@ import numpy as np
 
 from mmdet3d.datasets.infos import DataError
 from mmdet3d.datasets.labels import OPENOCC, label_set
-from mmdet3d.datasets.metrics.npz import read_arrays
+from mmdet3d.datasets.metrics.files import read_prediction
 from mmdet3d.utils.command import run_tool
 from mmdet3d.utils.files import write_json
+from mmdet3d.utils.text import listing
 
 
 def prediction_files(folder: str) -> dict[str, Path]:
@@ -30,14 +31,6 @@ def prediction_files(folder: str) -> dict[str, Path]:
     return files
 
 
-def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Classes, and flow where there is one."""
-    arrays = read_arrays(path, ("semantics", "flow"))
-    if "semantics" not in arrays:
-        raise DataError(f"{path}: the array 'semantics' is missing")
-    return arrays["semantics"], arrays.get("flow")
-
-
 def compare(first: str, second: str, free: int) -> dict:
     """Agreement of two folders.
 
@@ -46,12 +39,11 @@ def compare(first: str, second: str, free: int) -> dict:
     """
     mine, theirs = prediction_files(first), prediction_files(second)
     if alone := sorted(set(mine) ^ set(theirs)):
-        raise DataError(f"{len(alone)} predictions are in one folder only: {', '.join(alone[:5])}"
-                        f"{' ...' if len(alone) > 5 else ''}")
+        raise DataError(f"{len(alone)} predictions are in one folder only: {listing(alone)}")
     voxels = same = occupied = same_occupied = 0
     least, flow_difference = 1.0, 0.0
     for name in mine:
-        (a, flow_a), (b, flow_b) = read(mine[name]), read(theirs[name])
+        (a, flow_a), (b, flow_b) = read_prediction(mine[name]), read_prediction(theirs[name])
         if a.shape != b.shape:
             raise DataError(f"{name}: shapes {a.shape} and {b.shape} differ")
         equal, either = a == b, (a != free) | (b != free)

@@ -25,8 +25,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SHOWN = 5
-
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
@@ -86,14 +84,10 @@ def run(args: argparse.Namespace) -> dict:
     return summary
 
 
-def shorten(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
 def report_missing(summary: dict) -> None:
     """Tell which sensor files are missing."""
+    from mmdet3d.utils.text import listing
+
     missing = summary["missing"]
     if missing["lidar_absent"]:
         print("notice: no lidar file is there; training with depth supervision needs them, everything else does not")
@@ -105,22 +99,24 @@ def report_missing(summary: dict) -> None:
         if gap["records"]:
             print(f"missing: {channel}: {gap['records']} of {missing['samples']} samples have no key frame in the "
                   "tables")
-        print(f"  in {len(gap['scenes'])} scenes: {shorten(gap['scenes'])}")
+        print(f"  in {len(gap['scenes'])} scenes: {listing(gap['scenes'])}")
         for example in gap["examples"]:
             print(f"  {example}")
     if incomplete := missing["incomplete_scenes"]:
-        print(f"incomplete: {len(incomplete)} of {summary['scenes']} scenes: {shorten(incomplete)}")
+        print(f"incomplete: {len(incomplete)} of {summary['scenes']} scenes: {listing(incomplete)}")
 
 
 def report(summary: dict) -> None:
     """Tell what is missing and what was written."""
+    from mmdet3d.utils.text import listing
+
     report_missing(summary)
     zeros = summary["can_bus"].get("zeros", {})
     if zeros and summary["can_bus"]["folder"] is None:
         print("notice: no CAN bus expansion (can_bus/) found; the vehicle state is zeros")
     elif zeros:
         reasons = [f"{scene} ({reason})" for scene, reason in zeros.items()]
-        print(f"notice: the vehicle state is zeros in {len(zeros)} scenes: {shorten(reasons)}")
+        print(f"notice: the vehicle state is zeros in {len(zeros)} scenes: {listing(reasons)}")
     for split, part in summary["splits"].items():
         found = f"{part['samples']} samples, {part['scenes']} of {part['official_scenes']} official scenes"
         print(f"{split}: {found}: {part['file']}" if part["file"] else

@@ -4,11 +4,11 @@
         --infos data/nuscenes/stcocc-nuscenes_infos_val.pkl --json results.json
 
 Predictions are <pred>/<scene>/<token>.npz (or <pred>/<token>.npz) with labels under semantics (or pred) and, for
-OpenOcc, flow in m/s. Labels are <gt>/<scene>/<token>/labels.npz. docs/metrics.md defines the scores.
+OpenOcc, flow in m/s. Labels are <gt>/<scene>/<token>/labels.npz. Predictions with fewer voxels are compared with
+labels that are coarsened to as many. docs/metrics.md defines the scores.
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-SHOWN = 5
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,21 +48,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def states_on_device(evaluation, jobs: Sequence, workers: int) -> Iterator[tuple[dict, dict]]:
-    """States of all samples, computed in this process; threads read the files of the next ones."""
-    from mmdet3d.datasets.labels import label_set
-    from mmdet3d.datasets.metrics.files import read_sample
-
-    labels, ahead = label_set(evaluation.dataset), 2 * workers
+def scores_on_device(evaluation, jobs: Sequence, workers: int) -> Iterator:
+    """Scores of all samples, computed in this process; threads read the files of the next ones."""
+    ahead = 2 * workers
     with ThreadPoolExecutor(workers) as pool:
-        coming = [pool.submit(read_sample, files, labels) for files, _ in jobs[:ahead]]
+        coming = [pool.submit(evaluation.read, *job) for job in jobs[:ahead]]
         try:
-            for number, (files, origins) in enumerate(jobs):
+            for number, (files, _) in enumerate(jobs):
                 sample = coming[number].result()
                 coming[number] = None  # frees the arrays
                 if number + ahead < len(jobs):
-                    coming.append(pool.submit(read_sample, jobs[number + ahead][0], labels))
-                yield evaluation.count(files, sample, origins)
+                    coming.append(pool.submit(evaluation.read, *jobs[number + ahead]))
+                yield evaluation.score(files, *sample)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -76,8 +71,11 @@ def run(args: argparse.Namespace) -> dict:
 
     from mmdet3d.datasets.converters.parallel import available_cpus, map_unordered
     from mmdet3d.datasets.infos import DataError, load_infos
+    from mmdet3d.datasets.labels import label_set
     from mmdet3d.datasets.lidar_origins import LidarOrigins
-    from mmdet3d.datasets.metrics.files import FileEvaluation, find_samples
+    from mmdet3d.datasets.metrics.files import FileEvaluation, find_samples, read_prediction
+    from mmdet3d.datasets.scoring import in_order, summarise
+    from mmdet3d.utils.text import listing
 
     infos = load_infos(args.infos)
     origins = LidarOrigins(infos, args.pairing, args.scenes)
@@ -87,35 +85,30 @@ def run(args: argparse.Namespace) -> dict:
                         f"{infos[0]['token']}.npz")
     if missing and not args.allow_missing:
         raise DataError(f"{len(missing)} of {len(infos)} predictions are missing in {args.pred}: "
-                        f"{', '.join(missing[:SHOWN])}{' ...' if len(missing) > SHOWN else ''} "
-                        "(--allow-missing scores the others)")
+                        f"{listing(missing)} (--allow-missing scores the others)")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DataError(f"--device {args.device}: this PyTorch sees no CUDA device")
     workers = min(args.workers or available_cpus(), len(found))
-    on_cpu = device.type == "cpu"
-    evaluation = FileEvaluation(args.dataset, str(device), args.cache, 1 if on_cpu and workers > 1 else None)
+    on_cpu, size = device.type == "cpu", read_prediction(found[0].prediction)[0].shape
+    evaluation = FileEvaluation(args.dataset, size, str(device), args.cache, 1 if on_cpu and workers > 1 else None)
     jobs = [(files, origins[files.index]) for files in found]
     evaluation.check_itself(jobs[0])
-    rays, voxels = evaluation.metrics()
     start = time.perf_counter()
-    states = map_unordered(evaluation, jobs, workers, 2) if on_cpu else states_on_device(evaluation, jobs, workers)
-    for ray_state, voxel_state in tqdm(states, total=len(jobs), unit="sample", disable=not sys.stderr.isatty()):
-        for total, state in ((rays, ray_state), (voxels, voxel_state)):
-            part = type(total)(total.labels)
-            part.load_state_dict(state)
-            total.merge(part)
-    seconds = time.perf_counter() - start
-    for total in (rays, voxels):
-        total.check_coverage([files.token for files in found])
+    scores = map_unordered(evaluation, jobs, workers, 2) if on_cpu else scores_on_device(evaluation, jobs, workers)
+    scores = in_order(tqdm(scores, total=len(jobs), unit="sample", disable=not sys.stderr.isatty()))
+    labels = label_set(args.dataset)
+    summary = summarise(scores, labels, [files.token for files in found])
     settings = {name: getattr(args, name) for name in ("pred", "gt", "infos", "dataset", "pairing", "scenes", "device")}
-    return {"settings": settings, "classes": list(rays.labels.classes), "free_label": rays.labels.free_index,
-            "samples": len(found), "missing": len(missing), "seconds": round(seconds, 3), "ray_iou": rays.result(),
-            "voxel_iou": voxels.result()}
+    return {"settings": settings, "grid": list(size), "classes": list(labels.classes), "free_label": labels.free_index,
+            "samples": len(found), "missing": len(missing), "seconds": round(time.perf_counter() - start, 3),
+            **summary.record()}
 
 
 def report(summary: dict) -> None:
     """Print tables and numbers."""
+    from mmdet3d.datasets.labels import GRID_SIZE
+    from mmdet3d.datasets.metrics.moving import format_moving
     from mmdet3d.datasets.metrics.ray_scores import format_table
     from mmdet3d.datasets.metrics.voxel_iou import format_voxel_iou
 
@@ -123,6 +116,10 @@ def report(summary: dict) -> None:
     print(format_table(rays))
     print(", ".join(f"{key} {rays[key]:.4f}" for key in ("RayIoU", "RayIoU@1", "RayIoU@2", "RayIoU@4", "mAVE")),
           f"(mAVE over {rays['flow_rays']} true-positive rays of {rays['rays']} rays)")
+    if summary["moving"]["rays"]:
+        print(format_moving(summary["moving"]))
+    if tuple(summary["grid"]) != GRID_SIZE:
+        print(f"predictions of {summary['grid']} voxels, compared with labels that are coarsened to as many")
     meaning = {"token": "each sample seen from its own scene, as the metric is defined",
                "index": "paired by number as the reference evaluation does; not comparable with other methods"}
     pairing = summary["settings"]["pairing"]
@@ -134,17 +131,10 @@ def report(summary: dict) -> None:
         print(f"NOT THE WHOLE SPLIT: {summary['missing']} predictions are missing")
 
 
-def without_nan(value):
-    """``value`` with None for numbers that are not finite, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def finish(summary: dict, args: argparse.Namespace) -> None:
     """Write and tell the result."""
     if args.json:
-        from mmdet3d.utils.files import write_json
+        from mmdet3d.utils.files import without_nan, write_json
 
         write_json(args.json, without_nan(summary), allow_nan=False)
     report(summary)

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from mmdet3d.apis.inference import choose_device, init_model, load_config
-    from mmdet3d.apis.test import evaluate_model, evaluation_record, write_record
+    from mmdet3d.apis.test import evaluate_model, write_record
     from mmdet3d.apis.train import set_random_seed, work_dir_of
     from mmdet3d.core.parallel import init_distributed
     from mmdet3d.datasets.samplers.sequence import distributed_place
@@ -132,9 +132,10 @@ def run(args: argparse.Namespace) -> int:
     model = init_model(cfg, args.checkpoint, device, averaged=args.averaged, allow_unsafe=args.allow_unsafe_checkpoint)
     evaluation = evaluate_model(cfg, model, options)
     if rank == 0:
-        record = evaluation_record(evaluation, config=args.config, checkpoint=args.checkpoint, averaged=args.averaged,
-                                   seed=args.seed, deterministic=args.deterministic, device=torch.device(device).type)
-        report(evaluation, write_record(work_dir_of(cfg, args.work_dir) / "results.json", record))
+        path = write_record(work_dir_of(cfg, args.work_dir) / "results.json", evaluation, config=args.config,
+                            checkpoint=args.checkpoint, averaged=args.averaged, seed=args.seed,
+                            deterministic=args.deterministic, device=torch.device(device).type)
+        report(evaluation, path)
     return 0
 
 
@@ -162,7 +163,7 @@ def report(evaluation, path: Path) -> None:
         rays = summary.rays
         print(", ".join(f"{name} {rays[name]:.4f}" for name in ("RayIoU", "mAVE", "occ_score")),
               f"(mAVE over {rays['flow_rays']} rays); voxel mIoU {summary.voxels['miou']:.2f} %")
-        if summary.moving is not None and summary.moving["rays"]:
+        if summary.moving["rays"]:
             print(format_moving(summary.moving))
         if summary.missing:
             print(f"NOT ALL SAMPLES: {len(summary.missing)} were left out by --order published")

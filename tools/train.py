@@ -120,11 +120,10 @@ def run(args: argparse.Namespace) -> None:
 
 def report(error: Exception, debug: bool) -> None:
     """Tell what went wrong, and in which process."""
-    from mmdet3d.utils.command import error_line
+    from mmdet3d.utils.command import error_line, explains_itself
 
-    known = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("mmdet3d")
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-    text = error_line(error) if known and not debug else traceback.format_exc()
+    text = error_line(error) if explains_itself(error) and not debug else traceback.format_exc()
     sys.stderr.write(f"{'' if rank is None else f'rank {rank}: '}{text.rstrip()}\n")
     sys.stderr.flush()
 

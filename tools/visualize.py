@@ -46,44 +46,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def find_prediction(folder: Path, info: Mapping) -> Path:
-    """Prediction of a sample, in a folder of its scene or without."""
+def prediction_file(folder: str, info: Mapping) -> Path:
+    """Prediction of a sample."""
     from mmdet3d.datasets.infos import DataError, scene_name
-    from mmdet3d.utils.files import prediction_path
+    from mmdet3d.datasets.metrics.files import find_prediction
 
-    nested = prediction_path(folder, scene_name(info), info["token"])
-    for path in (nested, folder / nested.name):
-        if path.is_file():
-            return path
-    raise DataError(f"sample {info['token']} has no prediction: neither {nested} nor {folder / nested.name}")
-
-
-def read_prediction(folder: Path, info: Mapping):
-    """Labels and flow (None if there is none) of the prediction of a sample."""
-    from mmdet3d.datasets.infos import DataError
-    from mmdet3d.datasets.metrics.files import read_arrays
-
-    path = find_prediction(folder, info)
-    arrays = read_arrays(path, ("semantics", "pred", "flow"))
-    semantics = arrays.get("semantics", arrays.get("pred"))
-    if semantics is None or semantics.ndim != 3 or semantics.dtype.kind not in "iu":
-        raise DataError(f"{path}: expected whole numbers 'semantics' of shape (X, Y, Z)")
-    return semantics, arrays.get("flow")
+    path = find_prediction(folder, scene_name(info), info["token"])
+    if path is None:
+        name = f"{info['token']}.npz"
+        raise DataError(f"sample {info['token']} has no prediction: neither {Path(folder) / scene_name(info) / name} "
+                        f"nor {Path(folder) / name}")
+    return path
 
 
-def read_truth(info: Mapping, info_file: str, labels, shape: Sequence[int] | None):
-    """Labels and flow of a sample, coarsened to ``shape`` if that is given."""
-    from mmdet3d.datasets.infos import DataError
-    from mmdet3d.datasets.labels import GRID_SIZE
+def read_truth(info: Mapping, info_file: str, labels, size: Sequence[int]):
+    """Labels and flow of a sample, coarsened to ``size`` voxels."""
+    from mmdet3d.datasets.converters.multiscale_gt import blocks_of
     from mmdet3d.datasets.pipelines.occupancy import ground_truth_step
 
-    coarsen = (1, 1, 1)
-    if shape is not None:
-        coarsen = tuple(fine // max(1, coarse) for fine, coarse in zip(GRID_SIZE, shape, strict=True))
-        if tuple(n * side for n, side in zip(shape, coarsen, strict=True)) != GRID_SIZE:
-            raise DataError(f"sample {info['token']}: a prediction of {tuple(shape)} voxels cannot be compared with "
-                            f"labels of {GRID_SIZE}")
-    step = ground_truth_step(labels, {"coarsen": coarsen})
+    step = ground_truth_step(labels, {"coarsen": blocks_of(size)})
     found = step({"sample_idx": info["token"], "occ_gt_path": info["occ_path"], "info_file": info_file})
     return found["voxel_semantics"], found.get("voxel_flows")
 
@@ -121,9 +102,14 @@ def draw_sample(info: Mapping, args: argparse.Namespace, labels):
     from mmdet3d.core.visualization.grid import OccupancyGrid
     from mmdet3d.core.visualization.occupancy import compose_frame
     from mmdet3d.datasets.infos import scene_name
+    from mmdet3d.datasets.labels import GRID_SIZE
+    from mmdet3d.datasets.metrics.files import read_prediction
 
-    prediction = read_prediction(Path(args.pred), info) if args.pred else None
-    truth = read_truth(info, args.infos, labels, None if prediction is None else prediction[0].shape)
+    prediction, size = None, GRID_SIZE
+    if args.pred:
+        prediction = read_prediction(prediction_file(args.pred, info))
+        size = prediction[0].shape
+    truth = read_truth(info, args.infos, labels, size)
     grid = OccupancyGrid.make((prediction or truth)[0], labels)
     images = open_cameras(info, args, grid, labels)
     title = f"{scene_name(info)}   {info['token']}"

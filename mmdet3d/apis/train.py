@@ -10,9 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mmcv
-import mmdet
-import mmseg
 import numpy as np
 import torch
 from mmcv import Config
@@ -21,8 +18,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-import mmdet3d
-from mmdet3d.core.checkpointing import find_latest
+from mmdet3d.core.checkpoint_files import read_latest
 from mmdet3d.core.parallel import DistributedModel
 from mmdet3d.core.recipe import batch_warning, samples_per_gpu, scaled
 from mmdet3d.core.runner import TrainRunner, check_workflow
@@ -161,25 +157,23 @@ def build_training_model(cfg: Config, device: torch.device, resumes: bool, allow
 
 
 def _checkpoint_to_resume(cfg: Config, resume: str | os.PathLike | None, auto_resume: bool, work_dir: Path
-                          ) -> Path | None:
+                          ) -> tuple[Path | None, dict[str, Any] | None]:
+    """The file, and what is in it if that had to be read to find it."""
     if resume is None:
         resume = cfg.get("resume_from")
     if resume not in (None, LATEST):
-        return Path(resume)
+        return Path(resume), None
     if resume is None and not auto_resume:
-        return None
-    latest = find_latest(work_dir)
+        return None, None
+    latest, content = read_latest(work_dir)
     if latest is None and resume == LATEST:
         raise CheckpointError(f"{work_dir} holds no checkpoint to resume from; start without --resume, or name a file")
-    return latest
+    return latest, content
 
 
 def _meta(cfg: Config, seed: int, environment: str, classes: Any) -> dict[str, Any]:
     return {"env_info": environment, "config": cfg.pretty_text, "seed": seed,
-            "exp_name": Path(cfg.filename or "config.py").name, "CLASSES": classes, "PALETTE": None,
-            "mmdet3d_version": mmdet3d.__version__, "mmcv_version": mmcv.__version__,
-            "mmdet_version": mmdet.__version__, "mmseg_version": mmseg.__version__,
-            "torch_version": torch.__version__, "numpy_version": np.__version__}
+            "exp_name": Path(cfg.filename or "config.py").name, "CLASSES": classes, "PALETTE": None}
 
 
 def train_model(cfg: Config, *, work_dir: str | os.PathLike | None = None, device: torch.device | str = "cpu",
@@ -231,7 +225,7 @@ def train_model(cfg: Config, *, work_dir: str | os.PathLike | None = None, devic
     torch.backends.cudnn.benchmark = bool(cfg.get("cudnn_benchmark", False)) and not deterministic
     if device.type == "cpu":
         keep_freed_memory()
-    checkpoint = _checkpoint_to_resume(cfg, resume, auto_resume, work_dir)
+    checkpoint, content = _checkpoint_to_resume(cfg, resume, auto_resume, work_dir)
     model = build_training_model(cfg, device, checkpoint is not None, allow_unsafe)
     loader = build_train_loader(cfg, seed)
     if dist.is_available() and dist.is_initialized():
@@ -243,7 +237,8 @@ def train_model(cfg: Config, *, work_dir: str | os.PathLike | None = None, devic
     runner.timestamp = timestamp or time.strftime("%Y%m%d_%H%M%S")
     _register_hooks(runner, cfg, validate)
     if checkpoint is not None:
-        runner.resume(checkpoint, allow_new_layout=allow_new_layout, allow_unsafe=allow_unsafe)
+        runner.resume(checkpoint, content=content, allow_new_layout=allow_new_layout, allow_unsafe=allow_unsafe)
+    del content  # weights, optimizer and averages, which are in the runner now
     runner.run([loader])
     return runner
 

@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ LATEST = "latest.pth"
 STATE_FOLDER = "state"
 _MAIN_NAME = re.compile(r"iter_(\d+)\.pth")
 _TEMPORARY = ".*.tmp"
+
+
+@dataclass
+class Resumed:
+    """What a training that goes on from a checkpoint still needs of it: ``runner.resumed``.
+
+    Attributes:
+        path: Main file, resolved.
+        rank_folder: Name of its folder of rank files; None without one.
+        batches_ahead: Batches that the sampler had given, less the finished iterations.
+        hook_states: By ``state_key``; empty after the hooks' ``before_run``.
+    """
+
+    path: Path
+    rank_folder: str | None
+    batches_ahead: int
+    hook_states: dict[str, Any]
 
 
 def rank_folder_name(path: Path) -> str:
@@ -54,23 +72,25 @@ def list_checkpoints(work_dir: str | os.PathLike) -> list[Path]:
 
 
 def find_latest(work_dir: str | os.PathLike) -> Path | None:
-    """Newest checkpoint of a run that can be read; None without one.
+    """Newest checkpoint of a run that can be read; None without one. See :func:`read_latest`."""
+    return read_latest(work_dir)[0]
+
+
+def read_latest(work_dir: str | os.PathLike, known: Mapping[Path, dict[str, Any]] | None = None
+                ) -> tuple[Path | None, dict[str, Any]]:
+    """Newest checkpoint of a run that can be read, and its content; None and an empty dict without one.
 
     It is the one that ``latest.pth`` points to, or a later one that was completed after the link was set (the process
-    ended between the two steps). A checkpoint that cannot be read is passed over with a warning.
+    ended between the two steps). A checkpoint that cannot be read is passed over with a warning, one that is ``known``
+    (contents by resolved path) is not read again.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read; to begin anew would overwrite them.
     """
-    return _newest(Path(work_dir))[0]
-
-
-def _newest(work_dir: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that can be read, and its content."""
     problems = []
-    for path in _by_preference(work_dir):
+    for path in _by_preference(Path(work_dir)):
         try:
-            return path, read_checkpoint(path)
+            return path, (known or {}).get(path.resolve()) or read_checkpoint(path)
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
             problems.append(str(error))
@@ -127,10 +147,10 @@ def remove_other_rank_files(work_dir: Path, keep: str | None) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(work_dir: str | os.PathLike) -> None:
+def remove_leftovers(work_dir: str | os.PathLike, resumed: Resumed | None = None) -> None:
     """Remove what a process left behind that was killed while it wrote: temporary files, and rank files of no use.
 
-    Not to be called while another process trains in the same folder.
+    Not to be called while another process trains in the same folder. What the run goes on from is not read again.
     """
     work_dir = Path(work_dir)
     for folder in ("", f"{STATE_FOLDER}/*/", "nonfinite/"):
@@ -139,8 +159,9 @@ def remove_leftovers(work_dir: str | os.PathLike) -> None:
                 logger.info("removed %s, left behind by a process that did not finish writing it", leftover)
                 leftover.unlink(missing_ok=True)
     if (work_dir / STATE_FOLDER).is_dir():
+        known = {resumed.path: {"training_state": {"rank_folder": resumed.rank_folder}}} if resumed else {}
         try:
-            state = _newest(work_dir)[1].get("training_state", {})
+            state = read_latest(work_dir, known)[1].get("training_state", {})
         except CheckpointError:
             return  # somebody may want to repair them
         remove_other_rank_files(work_dir, state.get("rank_folder"))

@@ -9,7 +9,7 @@ between two optimizer steps, never amid an accumulation of gradients (:func:`bet
 
 Hooks that have to remember something define ``state_key`` (a name of their own) and
 ``training_state(runner, finished)`` (plain content after that many finished iterations; called in process 0), and
-pick up what was restored with :func:`restored_hook_state` in ``before_run``.
+read what they gave from ``runner.resumed.hook_states`` in ``before_run``, after which it is emptied.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import distributed as dist
 
 import mmdet3d
 from mmdet3d.core.checkpoint_files import (
+    Resumed,
     find_latest,
     rank_file,
     rank_folder_name,
@@ -43,16 +44,14 @@ from mmdet3d.core.parallel import unwrap
 from mmdet3d.core.random_state import capture_random_state, restore_random_state
 from mmdet3d.datasets.samplers.sequence import distributed_place
 from mmdet3d.structures import TemporalMemory
-from mmdet3d.utils.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from mmdet3d.utils.checkpoint import CheckpointError, load_weights, read_checkpoint, save_checkpoint
 
-__all__ = ["CheckpointError", "between_steps", "find_latest", "is_resumed", "restored_hook_state",
-           "resume_training_state", "save_training_state", "to_plain", "versions"]
+__all__ = ["CheckpointError", "between_steps", "find_latest", "resume_training_state",
+           "save_training_state", "to_plain", "versions"]
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_RESTORED = "_restored_hook_states"
-_BATCHES_AHEAD = "_batches_ahead_of_iterations"
 
 
 def versions() -> dict[str, str]:
@@ -110,7 +109,7 @@ def save_training_state(runner: Any, path: str | os.PathLike, *, finished: int |
     point to it and removes the rank files of older checkpoints. Whatever goes wrong, the previous checkpoint stays.
 
     Args:
-        runner: Has ``model``, ``optimizer``, ``iter``, ``meta``, ``hooks`` and perhaps ``train_sampler``.
+        runner: A :class:`mmdet3d.core.runner.TrainRunner`.
         path: Main file, ``<work_dir>/iter_<n>.pth``.
         finished: Number of finished iterations. The default is ``runner.iter + 1``, right in hooks after an iteration.
         save_memory: Save the temporal memory. At full size it takes 0.5 GB per sample of the batch; without it the
@@ -196,7 +195,7 @@ def _meta(runner: Any, model: Any, finished: int) -> dict[str, Any]:
 
 def _training_state(runner: Any, folder: str, finished: int) -> dict[str, Any]:
     sampler = getattr(runner, "train_sampler", None)
-    batches = finished + getattr(runner, _BATCHES_AHEAD, 0)
+    batches = finished + (runner.resumed.batches_ahead if runner.resumed else 0)
     hooks = {hook.state_key: to_plain(hook.training_state(runner, finished)) for hook in runner.hooks
              if hasattr(hook, "state_key")}
     return {"format": FORMAT, "iteration": finished, "world_size": distributed_place()[1], "rank_folder": folder,
@@ -215,8 +214,8 @@ def _persistent_buffers(model: Any) -> dict[str, Tensor]:
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
-def resume_training_state(runner: Any, path: str | os.PathLike, *, allow_new_layout: bool = False,
-                          allow_unsafe: bool = False) -> None:
+def resume_training_state(runner: Any, path: str | os.PathLike, *, content: dict[str, Any] | None = None,
+                          allow_new_layout: bool = False, allow_unsafe: bool = False) -> None:
     """Let ``runner`` continue where a checkpoint was made; to be called by all processes before ``runner.run``.
 
     Of a checkpoint without ``training_state``, as the mmcv runner writes it, weights, optimizer and iteration are
@@ -228,6 +227,7 @@ def resume_training_state(runner: Any, path: str | os.PathLike, *, allow_new_lay
     Args:
         runner: As for :func:`save_training_state`, before its hooks' ``before_run``.
         path: Main file, or a link to it.
+        content: What is in it, if it was read already.
         allow_new_layout: Continue although the number of processes, the batch size, the seed or the data set is not
             that of the checkpoint: weights, optimizer, averaged weights and iteration are restored; the order of
             samples begins anew, without a past in the temporal memory and with the random numbers of this run.
@@ -238,32 +238,22 @@ def resume_training_state(runner: Any, path: str | os.PathLike, *, allow_new_lay
             runner is then as it was.
     """
     path = Path(path).resolve()
-    checkpoint = read_checkpoint(path, allow_unsafe)
+    checkpoint = read_checkpoint(path, allow_unsafe) if content is None else content
     state = checkpoint.get("training_state")
     iteration = _iteration(path, checkpoint, state)
     _check_optimizer(path, checkpoint.get("optimizer"), runner.optimizer)
     same_layout = state is not None and _check_layout(runner, path, state, allow_new_layout)
     own = _read_rank_file(path, state) if same_layout else None
-    load_checkpoint(runner.model, path, allow_unsafe=allow_unsafe)
+    load_weights(runner.model, checkpoint, path)
     if "optimizer" in checkpoint:
         runner.optimizer.load_state_dict(checkpoint["optimizer"])
     batches = _restore_sampler(runner, state) if same_layout else 0
-    setattr(runner, _BATCHES_AHEAD, batches - iteration)
-    setattr(runner, _RESTORED, dict(state["hooks"]) if state else {})
+    runner.resumed = Resumed(path, state["rank_folder"] if state else None, batches - iteration,
+                             dict(state["hooks"]) if state else {})
     _restore_rank(runner, own)
     runner._epoch, runner._iter, runner._inner_iter = 0, iteration, iteration
     _report(path, _anew(checkpoint, state, same_layout and getattr(runner, "train_sampler", None) is not None, own),
             iteration)
-
-
-def restored_hook_state(runner: Any, key: str) -> dict[str, Any] | None:
-    """What the hook with this ``state_key`` gave when the checkpoint was made; None without one. Handed out once."""
-    return getattr(runner, _RESTORED, {}).pop(key, None)
-
-
-def is_resumed(runner: Any) -> bool:
-    """Whether ``runner`` continues from a checkpoint."""
-    return hasattr(runner, _RESTORED)
 
 
 def _iteration(path: Path, checkpoint: Mapping[str, Any], state: Any) -> int:

@@ -12,6 +12,7 @@ from mmcv.runner import IterBasedRunner, IterTimerHook
 from mmcv.runner.utils import get_host_info
 from torch.utils.data import DataLoader
 
+from mmdet3d.core.checkpoint_files import Resumed
 from mmdet3d.core.checkpointing import between_steps, resume_training_state, save_training_state
 from mmdet3d.core.cuda_graphs.steps import StepGraph
 from mmdet3d.core.hooks.builder import build_hook
@@ -45,6 +46,7 @@ class TrainRunner(IterBasedRunner):
     Attributes:
         device: Device of the model.
         step_graph: What replays, or None.
+        resumed: What is known of the checkpoint that the training goes on from, or None.
 
     Raises:
         ConfigError: ``precision`` is unknown, or ``cuda_graphs`` is not possible.
@@ -64,6 +66,7 @@ class TrainRunner(IterBasedRunner):
         self.log_buffer = BoundedLogBuffer()
         self.stop = StopRequest()
         self.stopped_by = 0
+        self.resumed: Resumed | None = None
         self._saved_at: int | None = None
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
@@ -125,6 +128,8 @@ class TrainRunner(IterBasedRunner):
         self.logger.info("hooks in the order in which they are called:\n%s", self.get_hook_info())
         with self.stop.listening():
             self.call_hook("before_run")
+            if self.resumed:
+                self.resumed.hook_states.clear()  # as large as the weights
             self.call_hook("before_epoch")
             batches = iter(self.data_loader) if self.iter < self.max_iters else None
             while self.iter < self.max_iters and not self.stopped_by:

@@ -5,16 +5,15 @@ preparation writes it. It is read by an unpickler that knows containers and NumP
 stranger cannot run code. Nothing here changes the records it is given.
 """
 
-import codecs
 import math
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mmdet3d.datasets.geometry import ego_to_global, lidar_to_ego, rotation_matrix
+from mmdet3d.utils.safe_pickle import ForbiddenGlobal, load_plain
 
 REQUIRED_KEYS = (
     "token", "timestamp", "scene_token", "prev", "occ_path", "cams", "can_bus", "lidar2ego_translation",
@@ -30,55 +29,15 @@ class DataError(ValueError):
     """A data file is missing, damaged or not what it should be; the message names the file and what is wrong."""
 
 
-class _ForbiddenGlobal(pickle.UnpicklingError):
-    """A pickle asks for a global that an info file does not need."""
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """How pickle protocol 2 stores bytes; other codecs are not needed."""
-    if encoding != "latin1":
-        raise _ForbiddenGlobal(f"_codecs.encode with {encoding!r}")
-    return codecs.encode(text, "latin1")
-
-
-def _numpy_globals() -> dict[tuple[str, str], object]:
-    """What NumPy arrays and scalars are rebuilt with, under the module names of NumPy 1.x and 2.x."""
-    found: dict[tuple[str, str], object] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    for package in ("numpy.core", "numpy._core"):  # asked of NumPy itself, whose modules moved between versions
-        found[f"{package}.multiarray", "_reconstruct"] = np.zeros(1).__reduce__()[0]
-        found[f"{package}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
-        found[f"{package}.numeric", "_frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
-    return found
-
-
-_ALLOWED_GLOBALS = {
-    **_numpy_globals(),
-    ("_codecs", "encode"): _encode_latin1,
-    **{(module, kind.__name__): kind
-       for module in ("builtins", "__builtin__")
-       for kind in (dict, list, tuple, set, frozenset, bytearray, complex)},
-}
-
-
-class _InfoUnpickler(pickle.Unpickler):
-    """Unpickler for containers, numbers, strings and NumPy arrays; every other global is an error."""
-
-    def find_class(self, module: str, name: str):
-        try:
-            return _ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise _ForbiddenGlobal(f"{module}.{name}") from None
-
-
 def _unpickle(path: Path) -> object:
     try:
         with open(path, "rb") as file:
-            return _InfoUnpickler(file).load()
+            return load_plain(file)
     except FileNotFoundError:
         raise DataError(f"info file not found: {path}") from None
     except OSError as error:
         raise DataError(f"info file {path} cannot be read: {error.strerror or error}") from error
-    except _ForbiddenGlobal as error:
+    except ForbiddenGlobal as error:
         raise DataError(f"info file {path} refers to {error}, which could run code; an info file holds only "
                         "containers, numbers, strings and NumPy arrays") from None
     except Exception as error:  # damaged bytes make the pickle machine fail in nearly any way

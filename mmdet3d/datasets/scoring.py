@@ -19,13 +19,12 @@ from mmdet3d.datasets.labels import LabelSet
 from mmdet3d.datasets.lidar_origins import LidarOrigins
 from mmdet3d.datasets.metrics.coverage import CoverageError
 from mmdet3d.datasets.metrics.hit_cache import HitCache
-from mmdet3d.datasets.metrics.moving import MOVING_SPEED, MovingRayMetric
-from mmdet3d.datasets.metrics.ray_iou import RayMetric
+from mmdet3d.datasets.metrics.inputs import upload
+from mmdet3d.datasets.metrics.moving import MovingRayMetric
 from mmdet3d.datasets.metrics.ray_scores import format_table
 from mmdet3d.datasets.metrics.rays import LABEL_GRID
 from mmdet3d.datasets.metrics.voxel_iou import VoxelMIoU, format_voxel_iou
-
-_SHOWN = 5
+from mmdet3d.utils.text import listing
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,15 @@ class GroundTruth:
     flow: Tensor | None
     mask: Tensor | None
     origins: np.ndarray
+
+    @classmethod
+    def of(cls, index: int, token: str, semantics: np.ndarray, flow: np.ndarray | None, mask: np.ndarray | None,
+           origins: np.ndarray) -> GroundTruth:
+        """Make it of arrays as label files hold them, in any type of number."""
+        with np.errstate(over="ignore"):
+            rounded = None if flow is None else torch.from_numpy(flow.astype(np.float16))
+        return cls(index, token, torch.from_numpy(semantics.astype(np.uint8)), rounded,
+                   None if mask is None else torch.from_numpy(mask), origins)
 
     def pin_memory(self) -> GroundTruth:
         """The same in page-locked memory; loaders call it."""
@@ -72,9 +80,6 @@ class GroundTruthSource:
         self.dataset = dataset
         self.origins = LidarOrigins(dataset.data_infos, pairing, scenes)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> GroundTruth:
         """Ground truth of a sample.
 
@@ -82,12 +87,8 @@ class GroundTruthSource:
             DataError: the label file is missing or damaged.
         """
         found = self.dataset.ground_truth(index)
-        with np.errstate(over="ignore"):
-            flow = None if found["flow"] is None else torch.from_numpy(found["flow"].astype(np.float16))
-        mask = None if found["mask_camera"] is None else torch.from_numpy(found["mask_camera"])
-        semantics = torch.from_numpy(found["semantics"].astype(np.uint8))
-        return GroundTruth(int(index), self.dataset.data_infos[index]["token"], semantics, flow, mask,
-                           self.origins[index])
+        return GroundTruth.of(int(index), self.dataset.data_infos[index]["token"], found["semantics"], found["flow"],
+                              found["mask_camera"], self.origins[index])
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class SampleScore:
     Attributes:
         index: Number of the sample in its data set.
         token: Sample token.
-        rays: State of a :class:`RayMetric` that has seen this sample only, or of a :class:`MovingRayMetric`.
+        rays: State of a :class:`MovingRayMetric` that has seen this sample only.
         voxels: The same of a :class:`VoxelMIoU`.
     """
 
@@ -135,14 +136,12 @@ class SampleScorer:
         labels: Label set.
         device: Where to compute; default: where the predictions are.
         cache: Folder that keeps where rays hit the ground truth.
-        moving_speed: Count flow errors of objects that are faster, in m/s, on their own as well, see
-            :class:`MovingRayMetric`; None: do not. Nothing else depends on it.
     """
 
     def __init__(self, labels: LabelSet, device: torch.device | str | None = None,
-                 cache: str | os.PathLike | None = None, moving_speed: float | None = MOVING_SPEED) -> None:
-        self.labels = labels
-        self._rays = _ray_metric(labels, moving_speed, device=device, cache=None if cache is None else HitCache(cache))
+                 cache: str | os.PathLike | None = None) -> None:
+        self._device = None if device is None else torch.device(device)
+        self._rays = MovingRayMetric(labels, cache=None if cache is None else HitCache(cache))
         self._voxels = VoxelMIoU(labels)
         self._empty = self._rays.state_dict(), self._voxels.state_dict()
 
@@ -152,26 +151,26 @@ class SampleScorer:
         Args:
             truth: Its ground truth.
             semantics: (X, Y, Z) predicted labels.
-            flow: (X, Y, Z, 2) predicted velocity in m/s; not read where the ground truth has none.
+            flow: (X, Y, Z, 2) predicted velocity in m/s; not read where the ground truth has none. None: zero.
 
         Raises:
             ValueError: the prediction does not fit; the message names the sample.
             TypeError: likewise.
         """
-        device, size = semantics.device, LABEL_GRID.size_xyz
-        true, mask, true_flow = (None if value is None else value.to(device, non_blocking=True)
-                                 for value in (truth.semantics, truth.mask, truth.flow))
-        flows = (None, None) if flow is None or true_flow is None else (flow, true_flow)
+        device, size = self._device or semantics.device, LABEL_GRID.size_xyz
+        flow = None if truth.flow is None else flow
+        predicted, flow, true, true_flow, mask = (
+            None if value is None else upload(value, device)
+            for value in (semantics, flow, truth.semantics, truth.flow, truth.mask))
+        for metric, state in zip((self._rays, self._voxels), self._empty, strict=True):
+            metric.load_state_dict(state)
         try:
-            self._rays.add(truth.token, refine(semantics, size), refine(true, size), truth.origins,
-                           *(None if value is None else refine(value, size) for value in flows))
-            self._voxels.add(truth.token, semantics, true, mask)
+            self._rays.add(truth.token, refine(predicted, size), refine(true, size), truth.origins,
+                           *(None if value is None else refine(value, size) for value in (flow, true_flow)))
+            self._voxels.add(truth.token, predicted, true, mask)
+            return SampleScore(truth.index, truth.token, self._rays.state_dict(), self._voxels.state_dict())
         except (ValueError, TypeError) as error:
             raise type(error)(f"sample {truth.token}: {error}") from error
-        score = SampleScore(truth.index, truth.token, self._rays.state_dict(), self._voxels.state_dict())
-        self._rays.load_state_dict(self._empty[0])
-        self._voxels.load_state_dict(self._empty[1])
-        return score
 
 
 def in_order(scores: Iterable[SampleScore]) -> list[SampleScore]:
@@ -183,8 +182,7 @@ def in_order(scores: Iterable[SampleScore]) -> list[SampleScore]:
     ordered = sorted(scores, key=lambda score: score.index)
     doubled = [one.token for one, other in zip(ordered, ordered[1:], strict=False) if one.index == other.index]
     if doubled:
-        raise CoverageError(f"{len(doubled)} samples were evaluated twice: {', '.join(doubled[:_SHOWN])}"
-                            f"{' ...' if len(doubled) > _SHOWN else ''}")
+        raise CoverageError(f"{len(doubled)} samples were evaluated twice: {listing(doubled)}")
     return ordered
 
 
@@ -203,11 +201,11 @@ class Summary:
     Attributes:
         labels: Label set.
         eval_metric: "rayiou" or "miou", what is printed first.
-        rays: Result of :meth:`RayMetric.result`.
+        rays: Result of :meth:`~mmdet3d.datasets.metrics.ray_iou.RayMetric.result`.
         voxels: Result of :meth:`VoxelMIoU.result`.
         counters: States of both metrics, ``rays`` and ``voxels``.
         missing: Tokens of samples that were not evaluated.
-        moving: ``moving`` of :meth:`MovingRayMetric.result`; None if it was not counted.
+        moving: ``moving`` of :meth:`MovingRayMetric.result`.
     """
 
     labels: LabelSet
@@ -215,8 +213,8 @@ class Summary:
     rays: Mapping[str, Any]
     voxels: Mapping[str, Any]
     counters: Mapping[str, Any]
-    missing: tuple[str, ...] = ()
-    moving: Mapping[str, Any] | None = None
+    missing: tuple[str, ...]
+    moving: Mapping[str, Any]
 
     @property
     def headline(self) -> dict[str, float]:
@@ -224,6 +222,10 @@ class Summary:
         if self.eval_metric == "miou":
             return {"miou": self.voxels["miou"]}
         return {"miou": self.rays["miou"], "mave": self.rays["mave"]}
+
+    def record(self) -> dict[str, Any]:
+        """The scores under the names that they have in results files: ``ray_iou``, ``voxel_iou`` and ``moving``."""
+        return {"ray_iou": dict(self.rays), "voxel_iou": dict(self.voxels), "moving": self.moving}
 
     def table(self) -> str:
         """What the reference evaluation prints."""
@@ -244,28 +246,19 @@ def summarise(scores: Sequence[SampleScore], labels: LabelSet, tokens: Sequence[
     Raises:
         CoverageError: a sample is missing, is there twice, or does not belong to the data set; lists them.
     """
-    speed = scores[0].rays.get("moving", {}).get("speed") if scores else None
-    totals = _ray_metric(labels, speed), VoxelMIoU(labels)
+    rays, voxels = MovingRayMetric(labels), VoxelMIoU(labels)
     for score in scores:
-        for total, part, state in zip(totals, (_ray_metric(labels, speed), VoxelMIoU(labels)),
-                                      (score.rays, score.voxels), strict=True):
+        for total, state in ((rays, score.rays), (voxels, score.voxels)):
+            part = type(total)(labels)
             part.load_state_dict(state)
             total.merge(part)
-    rays, voxels = totals
     counted = set(rays.coverage.tokens)
-    missing = tuple(token for token in tokens if token not in counted) if allow_missing else ()
-    left_out = set(missing)
-    rays.check_coverage([token for token in tokens if token not in left_out])
+    missing = [token for token in tokens if token not in counted] if allow_missing else []
+    rays.check_coverage([token for token in tokens if token in counted] if allow_missing else tokens)
     result = rays.result()
-    moving = result.pop("moving", None)
+    moving = result.pop("moving")
     return Summary(labels, eval_metric, result, voxels.result(),
-                   {"rays": rays.state_dict(), "voxels": voxels.state_dict()}, missing, moving)
-
-
-def _ray_metric(labels: LabelSet, moving_speed: float | None, **options: Any) -> RayMetric:
-    if moving_speed is None:
-        return RayMetric(labels, **options)
-    return MovingRayMetric(labels, moving_speed, **options)
+                   {"rays": rays.state_dict(), "voxels": voxels.state_dict()}, tuple(missing), moving)
 
 
 def first_results(results: Sequence[Mapping], num_samples: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -295,20 +288,26 @@ def first_results(results: Sequence[Mapping], num_samples: int) -> Iterator[tupl
 
 def score_results(dataset: Any, results: Sequence[Mapping], truth: GroundTruthSource, allow_missing: bool = False
                   ) -> Summary:
-    """Scores of the results of a test loop, see :func:`first_results`.
+    """Scores of the results of a test loop; see :func:`first_results` and :func:`score_predictions`."""
+    return score_predictions(dataset, first_results(results, len(dataset)), truth, allow_missing)
+
+
+def score_predictions(dataset: Any, predictions: Iterable[tuple[int, Any, Any]], truth: GroundTruthSource,
+                      allow_missing: bool = False) -> Summary:
+    """Scores of predictions of a data set.
 
     Args:
-        dataset: Their data set.
-        results: The results.
+        dataset: The data set.
+        predictions: (index, labels, flow) of each, arrays or tensors.
         truth: Ground truth of the data set.
         allow_missing: Score the samples that are there.
 
     Raises:
-        CoverageError: samples are missing.
-        ValueError: a result does not fit.
+        CoverageError: samples are missing, or there twice.
+        ValueError: a prediction does not fit.
     """
     scorer = SampleScorer(dataset.labels)
     scores = [scorer(truth[index], torch.as_tensor(semantics), torch.as_tensor(flow))
-              for index, semantics, flow in first_results(results, len(dataset))]
+              for index, semantics, flow in predictions]
     tokens = [dataset.data_infos[index]["token"] for index in range(len(dataset))]
     return summarise(in_order(scores), dataset.labels, tokens, dataset.eval_metric, allow_missing)

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdet3d.utils.files import atomic_write
+from mmdet3d.utils.safe_pickle import numpy_globals
+from mmdet3d.utils.text import listing
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5
 _ZIP_START = b"PK\x03\x04"
 # torch.save before 1.6 began every file with this number
 _LEGACY_STARTS = tuple(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=p) for p in range(2, 6))
@@ -69,26 +70,23 @@ class LoadReport:
     def summary(self) -> str:
         """How much was loaded, and a line with count and first entries for each kind of difference."""
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        lines = [f"{self.path}: loaded {len(self.loaded)} of the model's {total} entries", *self._differences()]
+        lines = [f"{self.path}: loaded {len(self.loaded)} of the model's {total} entries", *self.differences()]
         if self.nonfinite:
-            lines.append(f"{len(self.nonfinite)} loaded entries hold NaN or infinity: {_some(self.nonfinite)}")
+            lines.append(f"{len(self.nonfinite)} loaded entries hold NaN or infinity: {listing(self.nonfinite)}")
         return "\n  ".join(lines)
 
-    def _differences(self) -> list[str]:
-        shapes = [f"{key} ({_words(found)} in the file, {_words(expected)} in the model)"
+    def differences(self, owner: str = "model") -> list[str]:
+        """A line for each kind of difference, with its number and first entries; ``owner``: what has the entries."""
+        shapes = [f"{key} ({_words(found)} in the file, {_words(expected)} in the {owner})"
                   for key, found, expected in self.mismatched]
-        return [f"{len(entries)} {what}: {_some(entries)}"
-                for what, entries in (("missing in the file", self.missing), ("unknown to the model", self.unexpected),
-                                      ("of another shape", shapes)) if entries]
+        return [f"{len(entries)} {what}: {listing(entries)}"
+                for what, entries in (("missing in the file", self.missing),
+                                      (f"unknown to the {owner}", self.unexpected), ("of another shape", shapes))
+                if entries]
 
 
 def _words(shape: tuple[int, ...] | None) -> str:
     return "no tensor" if shape is None else str(list(shape))
-
-
-def _some(entries: list[str] | tuple[str, ...]) -> str:
-    more = len(entries) - _SHOWN
-    return ", ".join(entries[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def read_checkpoint(path: str | os.PathLike, allow_unsafe: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
@@ -118,7 +116,7 @@ def read_checkpoint(path: str | os.PathLike, allow_unsafe: bool = False, map_loc
     if "state_dict" not in content:
         if not content or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(f"{path}: a dict without the key 'state_dict' whose values are not all tensors; "
-                                  f"found the keys {_some([repr(key) for key in content]) or '(none)'}")
+                                  f"found the keys {listing([repr(key) for key in content]) or '(none)'}")
         content = {"state_dict": content}
     content["state_dict"] = _clean_state_dict(path, content["state_dict"])
     return content
@@ -128,7 +126,7 @@ def _clean_state_dict(path: Path, state_dict: Any) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping) or not any(isinstance(v, Tensor) for v in state_dict.values()):
         raise CheckpointError(f"{path}: its state_dict is a {type(state_dict).__name__} without any tensor")
     if wrong := [repr(key) for key in state_dict if not isinstance(key, str)]:
-        raise CheckpointError(f"{path}: its state_dict has keys that are no names: {_some(wrong)}")
+        raise CheckpointError(f"{path}: its state_dict has keys that are no names: {listing(wrong)}")
     if all(key.startswith("module.") for key in state_dict):
         return {key.removeprefix("module."): value for key, value in state_dict.items()}
     return dict(state_dict)
@@ -140,7 +138,7 @@ def _check_file(path: Path) -> None:
         if path.is_dir():
             inside = sorted(p.name for p in path.glob("*.pth"))
             raise CheckpointError(f"{path}: is a folder, expected a file"
-                                  + (f"; it holds {_some(inside)}" if inside else ""))
+                                  + (f"; it holds {listing(inside)}" if inside else ""))
         if not path.exists():
             raise CheckpointError(f"{path}: no such file{_near_names(path)}")
         with path.open("rb") as file:
@@ -165,7 +163,7 @@ def _check_archive(path: Path) -> None:
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(f"{path}: a TorchScript model, expected a checkpoint of torch.save")
     if not any(name.endswith("/data.pkl") for name in names):
-        raise CheckpointError(f"{path}: a zip archive, but not one of torch.save (it holds {_some(names)})")
+        raise CheckpointError(f"{path}: a zip archive, but not one of torch.save (it holds {listing(names)})")
 
 
 def _guess_kind(start: bytes) -> str:
@@ -186,7 +184,7 @@ def _near_names(path: Path) -> str:
         return f"; the folder {folder} does not exist either"
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or [n for n in names if n.endswith(".pth")]
-    return f"; in the same folder: {_some(near)}" if near else f"; {folder} holds no .pth file"
+    return f"; in the same folder: {listing(near)}" if near else f"; {folder} holds no .pth file"
 
 
 def _unpickle(path: Path, allow_unsafe: bool, map_location: Any) -> Any:
@@ -231,19 +229,17 @@ def _renamed(function: Callable, module: str, name: str) -> Callable:
 
 
 @functools.lru_cache(maxsize=1)
-def _numpy_globals() -> tuple[Any, ...]:
+def _safe_globals() -> tuple[Any, ...]:
     """What NumPy numbers and arrays of plain types need to be read: constructors only, none for objects."""
-    scalar = np.float64(0).__reduce__()[0]
-    array = np.zeros(1).__reduce__()[0]
-    functions = [_renamed(function, f"{package}.multiarray", function.__name__)
-                 for function in (scalar, array) for package in ("numpy.core", "numpy._core")]
-    return (*functions, np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in _NUMPY_TYPES})
+    named = [entry if isinstance(entry, type) else _renamed(entry, module, name)
+             for (module, name), entry in numpy_globals().items()]
+    return (*named, *{type(np.dtype(kind)) for kind in _NUMPY_TYPES})
 
 
 @contextlib.contextmanager
 def _numpy_allowed() -> Iterator[None]:
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals([g for g in _numpy_globals() if g not in before])
+    torch.serialization.add_safe_globals([g for g in _safe_globals() if g not in before])
     try:
         yield
     finally:
@@ -277,10 +273,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, *, strict: bool =
     checkpoint = read_checkpoint(path, allow_unsafe, map_location)
     if averaged and "updates" not in checkpoint:
         checkpoint = _averaged_weights(path, checkpoint)
+    return load_weights(model, checkpoint, path, strict=strict)
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path, *, strict: bool = True) -> LoadReport:
+    """Do as :func:`load_checkpoint` with what :func:`read_checkpoint` has read from ``path``."""
     while isinstance(getattr(model, "module", None), nn.Module) and all(
             key.startswith("module.") for key in model.state_dict()):
         model = model.module
-    fitting, report = _compare(path, checkpoint, model.state_dict())
+    fitting, report = compare_weights(path, checkpoint, model.state_dict())
     if not report.loaded or (strict and not report.complete):
         raise CheckpointError(_misfit_message(report, type(model).__name__, strict))
     model.load_state_dict(fitting, strict=False)
@@ -297,7 +298,13 @@ def _averaged_weights(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, An
     return {**state, "state_dict": _clean_state_dict(path, state["state_dict"])}
 
 
-def _compare(path: Path, checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
+def compare_weights(path: Path, checkpoint: Mapping[str, Any], own: Mapping[str, Any]
+                    ) -> tuple[dict[str, Any], LoadReport]:
+    """Entries of a checkpoint read from ``path`` that agree in key and shape with the state dict ``own``, and a report.
+
+    Raises:
+        CheckpointError: an entry's numbers cannot be kept in its data type in ``own``, or that is on the meta device.
+    """
     entries = checkpoint["state_dict"]
     fitting, mismatched = {}, []
     for key in own:
@@ -342,7 +349,7 @@ def _check_type(path: Path, key: str, value: Any, own: Any) -> None:
 
 
 def _misfit_message(report: LoadReport, model: str, strict: bool) -> str:
-    differences = "".join(f"\n  {line}" for line in report._differences())
+    differences = "".join(f"\n  {line}" for line in report.differences())
     if not report.loaded:
         remedy = "nothing was loaded. Is it the checkpoint of another model?"
     else:

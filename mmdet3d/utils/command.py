@@ -7,11 +7,16 @@ import sys
 from collections.abc import Callable
 
 
+def explains_itself(error: BaseException) -> bool:
+    """True for errors that are raised to be read by the user, not for those that nobody expects."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("mmdet3d")
+
+
 def error_line(error: BaseException) -> str:
     """One line for the user about an error that ends a tool; the kind of error is named unless it explains itself."""
     text = " ".join(str(error).split()) or "no message"
-    explains = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("mmdet3d")
-    return f"error: {text if explains else f'{type(error).__name__}: {text}'} (--debug shows where)"
+    named = text if explains_itself(error) else f"{type(error).__name__}: {text}"
+    return f"error: {named} (--debug shows where)"
 
 
 def run_tool(action: Callable[[], int | None], *, debug: bool = False, failure: int = 2, who: str = "",

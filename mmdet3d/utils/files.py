@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +51,15 @@ def write_json(path: str | os.PathLike, content: Any, allow_nan: bool = True) ->
     """
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2, allow_nan=allow_nan) + "\n").encode())
+
+
+def without_nan(value: Any) -> Any:
+    """``value`` with None for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def prediction_path(folder: str | os.PathLike, scene: str, token: str) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmdet3d.registry import ConfigError
-from mmdet3d.utils.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
+from mmdet3d.utils.checkpoint import CheckpointError, compare_weights, load_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +78,13 @@ def load_backbone(model: nn.Module, path: str | os.PathLike, allow_unsafe: bool 
                           f"{backbone.style!r}")
     entries, own = read_checkpoint(path, allow_unsafe)["state_dict"], backbone.state_dict()
     found = max((_below(entries, prefix, own) for prefix in _PREFIXES), key=len)
-    missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
-    shapes = [f"{key} ({list(found[key].shape)} in the file, {list(own[key].shape)} in the backbone)"
-              for key in own if key in found and found[key].shape != own[key].shape]
-    if problems := [f"{len(keys)} {what}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
-                    for keys, what in ((missing, "missing"), (shapes, "of another shape")) if keys]:
-        raise CheckpointError(f"{path}: does not hold the weights of the image backbone, {'; '.join(problems)}")
-    backbone.load_state_dict(found, strict=False)
-    return len(found)
+    fitting, report = compare_weights(Path(path), {"state_dict": found}, own)
+    report = replace(report, missing=tuple(key for key in report.missing if not key.endswith("num_batches_tracked")))
+    if not report.complete:
+        raise CheckpointError(f"{path}: does not hold the weights of the image backbone, "
+                              f"{'; '.join(report.differences('backbone'))}")
+    backbone.load_state_dict(fitting, strict=False)
+    return len(fitting)
 
 
 def _below(entries: Mapping[str, Any], prefix: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

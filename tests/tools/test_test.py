@@ -76,6 +76,20 @@ def test_files_hold_labels_and_flow(plain):
         assert file["flow"].dtype == np.float16 and file["flow"].shape == (*file["semantics"].shape, 2)
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_files_score_the_same(plain, tiny_world, tmp_path, workers):
+    """With tools/rayiou.py, which knows the coarser grid of the model from the files."""
+    record, folder = plain
+    status = load_tool("rayiou").main([
+        "--pred", str(folder), "--gt", str(tiny_world / "openocc_v2"), "--infos", str(case.mixed_infos(tiny_world)),
+        "--dataset", "openocc", "--workers", workers, "--json", str(tmp_path / "files.json")])
+    found = json.loads((tmp_path / "files.json").read_text())
+    assert status == 0 and found["grid"] == [40, 40, 8]
+    for scores in ("ray_iou", "voxel_iou", "moving"):
+        assert found[scores] == record[scores], scores
+    assert record["moving"]["rays"] > 0 and record["ray_iou"]["flow_rays"] > 0
+
+
 def test_the_table_of_the_reference_is_printed(setting, tmp_path, capsys):
     status, record = run(setting, tmp_path, "--eval", "bbox", "--tmpdir", "x", "--gpu-collect", "--local-rank", "0")
     text = capsys.readouterr().out

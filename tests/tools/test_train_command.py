@@ -1,16 +1,20 @@
 """tools/train.py and the scripts that start it, on a tiny synthetic data set."""
 
+import gc
 import json
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from loading import load_tool
+
+from mmdet3d.core.runner import TrainRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "config/stcocc/stcocc-tiny-synthetic.py")
@@ -73,6 +77,36 @@ def test_training_and_resuming(tiny_world, tmp_path, capsys):
     capsys.readouterr()
     assert command.main([CONFIG, "--work-dir", str(tmp_path / "none"), "--resume", *stopped]) == 1
     assert "holds no checkpoint to resume from" in capsys.readouterr().err
+
+
+def test_a_resume_reads_the_checkpoint_once_and_keeps_nothing_of_it(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmdet3d.apis.train.collect_env", dict)  # which takes seconds
+    monkeypatch.setattr("mmdet3d.apis.train.format_env", str)
+    config, folder = tmp_path / "with_averages.py", tmp_path / "work"
+    config.write_text(f"_base_ = [{CONFIG!r}]\ncustom_hooks = [dict(type='MEGVIIEMAHook', interval=-1)]\n")
+    train, load, read, tensors, alive = TrainRunner.train, torch.load, [], [], []
+
+    def counted(path, *args, **kwargs):
+        content = load(path, *args, **kwargs)
+        read.append(Path(path).resolve().name)
+        if "state_dict" in content:
+            for weights in (content["state_dict"], content["training_state"]["hooks"]["ema"]["state_dict"]):
+                tensors.extend(map(weakref.ref, weights.values()))
+        return content
+
+    def watched(self, batches, **kwargs):
+        gc.collect()
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        return train(self, batches, **kwargs)
+
+    monkeypatch.setattr(torch, "load", counted)
+    monkeypatch.setattr(TrainRunner, "train", watched)
+    for finished, resume in enumerate(([], ["--resume"], ["--resume", str(folder / "iter_2.pth")])):
+        read.clear(), tensors.clear(), alive.clear()
+        assert command.main([str(config), "--work-dir", str(folder), *resume,
+                             *options(tiny_world, **{"runner.max_iters": finished + 1})]) == 0
+        assert sorted(read) == ([f"iter_{finished}.pth", "rank_0.pth"] if resume else [])
+        assert alive == [0] and bool(tensors) is bool(resume)
 
 
 def test_published_weights_are_asked_for_before_anything_is_read(tmp_path, capsys):

@@ -88,7 +88,8 @@ def unchanged(model, function, message, error=CheckpointError):
 def test_files_that_do_not_fit_change_nothing(tmp_path):
     model = detector()
     without = {key: value for key, value in imagenet().items() if not key.startswith("layer4")}
-    unchanged(model, lambda: load_backbone(model, write(tmp_path / "a.pth", without)), "missing: layer4.0.conv1.weight")
+    unchanged(model, lambda: load_backbone(model, write(tmp_path / "a.pth", without)),
+              "missing in the file: layer4.0.conv1.weight")
     unchanged(model, lambda: load_backbone(model, write(tmp_path / "b.pth", imagenet(50))),
               r"of another shape: .*in the file.*in the backbone|missing")
     wide = {**imagenet(), "conv1.weight": torch.zeros(64, 5, 7, 7)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdet3d.core.evaluation.evaluator import Evaluation, EvaluatorOptions
-from mmdet3d.datasets.scoring import GroundTruthSource, SampleScorer, summarise
+from mmdet3d.datasets.scoring import GroundTruthSource, score_predictions
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the loop over samples, as tqdm does."""
@@ -70,8 +70,6 @@ def evaluate_constant(dataset: Any, semantics: np.ndarray | Tensor, device: torc
     start = time.perf_counter()
     prediction = torch.as_tensor(semantics).to(device)
     flow = torch.zeros(*prediction.shape, 2, dtype=torch.float16, device=device)
-    truth, scorer = GroundTruthSource(dataset), SampleScorer(dataset.labels)
-    scores = [scorer(truth[index], prediction, flow) for index in progress(range(len(dataset)))]
-    tokens = [dataset.data_infos[index]["token"] for index in range(len(dataset))]
-    summary = summarise(scores, dataset.labels, tokens, dataset.eval_metric)
-    return Evaluation(summary, len(scores), time.perf_counter() - start, 1, EvaluatorOptions(noise_seed=None))
+    predictions = ((index, prediction, flow) for index in progress(range(len(dataset))))
+    summary = score_predictions(dataset, predictions, GroundTruthSource(dataset))
+    return Evaluation(summary, len(dataset), time.perf_counter() - start, 1, EvaluatorOptions(noise_seed=None))

@@ -24,9 +24,9 @@ from mmdet3d.datasets.loader import build_dataloader
 from mmdet3d.datasets.metrics.coverage import CoverageError
 from mmdet3d.datasets.samplers.sequence import distributed_place
 from mmdet3d.datasets.scoring import GroundTruth, GroundTruthSource, SampleScore, SampleScorer, Summary, summarise
+from mmdet3d.utils.text import listing
 
 logger = logging.getLogger(__name__)
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class Evaluation:
         record = {"samples": self.samples, "seconds": round(self.seconds, 3), "world_size": self.world_size,
                   "options": asdict(self.options)}
         if self.summary is not None:
-            record.update(ray_iou=dict(self.summary.rays), voxel_iou=dict(self.summary.voxels),
-                          moving=self.summary.moving, missing=list(self.summary.missing))
+            record.update(self.summary.record(), missing=list(self.summary.missing))
         return record
 
 
@@ -153,8 +152,8 @@ class Evaluator:
         summary = summarise(scores, self.dataset.labels, tokens, self.dataset.eval_metric,
                             allow_missing=self.options.order != "exact")
         if summary.missing and distributed_place()[0] == 0:
-            logger.warning("the published order left out %d of %d samples: %s%s", len(summary.missing), len(tokens),
-                           ", ".join(summary.missing[:_SHOWN]), " ..." if len(summary.missing) > _SHOWN else "")
+            logger.warning("the published order left out %d of %d samples: %s", len(summary.missing), len(tokens),
+                           listing(summary.missing))
         return summary
 
     def predictor(self, model: nn.Module) -> Predictor:

@@ -45,7 +45,7 @@ class CheckpointHook(Hook):
     def before_run(self, runner: Any) -> None:
         """Remove what a killed process left behind."""
         if runner.rank == 0:
-            remove_leftovers(runner.work_dir)
+            remove_leftovers(runner.work_dir, runner.resumed)
 
     def after_train_iter(self, runner: Any) -> None:
         """Save when it is time.

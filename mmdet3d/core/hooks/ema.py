@@ -12,11 +12,12 @@ import torch
 from mmcv.runner import Hook
 from torch import Tensor
 
-from mmdet3d.core.checkpointing import between_steps, is_resumed, restored_hook_state, to_plain
+from mmdet3d.core.checkpointing import between_steps, to_plain
 from mmdet3d.core.hooks.builder import HOOKS
 from mmdet3d.core.parallel import unwrap
 from mmdet3d.registry import ConfigError
 from mmdet3d.utils.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
+from mmdet3d.utils.text import listing
 
 
 def ema_decay(updates: int, decay: float = 0.9990) -> float:
@@ -82,17 +83,17 @@ class MEGVIIEMAHook(Hook):
         Raises:
             CheckpointError: the saved average does not fit the model.
         """
-        saved, place = restored_hook_state(runner, self.state_key), "the checkpoint's averaged weights"
         if runner.rank != 0:
             return
+        saved, place = runner.resumed and runner.resumed.hook_states.get(self.state_key), "the checkpoint's averages"
         source = unwrap(runner.model).state_dict(keep_vars=True)
         self._average = {name: value.detach().clone() for name, value in source.items()}
         self.updates, self._finished = self.init_updates, runner.iter
-        if is_resumed(runner) and self.restart_on_resume:
+        if self.restart_on_resume:
             saved = None
         if saved is None and self.resume is not None:
             saved, place = read_checkpoint(self.resume), str(self.resume)
-        elif saved is None and is_resumed(runner):
+        elif saved is None and runner.resumed:
             runner.logger.warning("averaged weights begin anew with the resumed weights and %d updates", self.updates)
         if saved is not None:
             self._load(saved, place)
@@ -141,7 +142,7 @@ class MEGVIIEMAHook(Hook):
         if shapes[0] != shapes[1] or not isinstance(updates, int):
             wrong = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
             raise CheckpointError(f"{place}: expected the entries of the model and the number of updates; updates is "
-                                  f"{updates!r}, {len(wrong)} entries differ: {', '.join(wrong[:5])}")
+                                  f"{updates!r}, {len(wrong)} entries differ: {listing(wrong)}")
         for name, value in self._average.items():
             value.copy_(entries[name])
         self.updates = updates

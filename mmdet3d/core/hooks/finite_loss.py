@@ -11,7 +11,7 @@ import torch
 from mmcv.runner import Hook
 from torch import Tensor
 
-from mmdet3d.core.checkpointing import restored_hook_state, to_plain
+from mmdet3d.core.checkpointing import to_plain
 from mmdet3d.core.hooks.builder import HOOKS
 from mmdet3d.core.parallel import unwrap
 from mmdet3d.registry import ConfigError
@@ -66,7 +66,8 @@ class FiniteLossHook(Hook):
 
     def before_run(self, runner: Any) -> None:
         """Go on counting where a checkpoint left off."""
-        self.skipped = (restored_hook_state(runner, self.state_key) or {"skipped": 0})["skipped"]
+        saved = runner.resumed and runner.resumed.hook_states.get(self.state_key)
+        self.skipped = saved["skipped"] if saved else 0
         if self.on_nonfinite == "skip":
             statistics = unwrap(runner.model).state_dict(keep_vars=True).values()
             self._buffers = [value for value in statistics if not isinstance(value, torch.nn.Parameter)]

@@ -7,17 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mmdet3d.datasets.converters.label_files import (
-    LABEL_FILE,
-    coarse_name,
-    label_folder,
-    read_arrays,
-    read_headers,
-)
+from mmdet3d.datasets.converters.label_files import LABEL_FILE, coarse_name, label_folder
 from mmdet3d.datasets.converters.multiscale_files import compare_coarse_files
 from mmdet3d.datasets.converters.multiscale_gt import FACTORS
 from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.labels import IGNORE_LABEL, LabelSet
+from mmdet3d.datasets.npz import read_arrays, read_headers
 
 LIDAR_POINT_BYTES = 20
 """Five float32 a point: x, y, z, intensity, ring."""
@@ -140,8 +135,7 @@ def check_labels(info: Mapping, info_file: str, labels: LabelSet, findings: Find
             findings.add("missing entry", f"{path}: no {missing}; found {sorted(names)}")
         if "semantics" not in names:
             return None
-        arrays = dict(zip(wanted, read_arrays(path, *wanted), strict=True)) if not missing else dict(
-            zip(["semantics"], read_arrays(path, "semantics"), strict=True))
+        arrays = read_arrays(path, *(wanted if not missing else ["semantics"]))
     except DataError as error:
         findings.add("unreadable file", str(error))
         return None

@@ -6,14 +6,11 @@ full resolution; ``labels_1_2.npz``, ``labels_1_4.npz`` and ``labels_1_8.npz`` b
 
 import io
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from mmdet3d.datasets.infos import DataError
 from mmdet3d.utils.files import atomic_write
 
 LABEL_FILE = "labels.npz"
@@ -22,13 +19,6 @@ COARSE_ENTRIES = ("semantics", "flow")
 
 LABEL_TREES = {"occ3d": "gts", "openocc": "openocc_v2"}
 """Folder of each label set; info files name the first."""
-
-
-class ArrayHeader(NamedTuple):
-    """Shape and dtype of an array in a file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 def label_folder(occ_path: str, dataset_name: str) -> str:
@@ -55,54 +45,6 @@ def label_folder(occ_path: str, dataset_name: str) -> str:
 def coarse_name(factor: int) -> str:
     """File name of the grid at ``1 / factor`` of the resolution."""
     return f"labels_1_{factor}.npz"
-
-
-def read_headers(path: str | Path) -> dict[str, ArrayHeader]:
-    """Shape and dtype of every array in an ``.npz`` file, without reading the arrays.
-
-    A file that was cut off is noticed: the directory of a zip file is at its end.
-
-    Raises:
-        DataError: the file cannot be read, or an entry is no array.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            headers = {}
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    headers[name.removesuffix(".npy")] = _read_header(file)
-            return headers
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from None
-
-
-def _read_header(file: io.BufferedIOBase) -> ArrayHeader:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return ArrayHeader(shape, dtype)
-
-
-def read_arrays(path: str | Path, *names: str) -> list[np.ndarray]:
-    """The arrays called ``names`` of an ``.npz`` file.
-
-    Raises:
-        DataError: the file is missing or damaged, or has no such array; pickled objects are refused.
-    """
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            raise DataError(f"{path}: expected an .npz file, found a single array")
-        with content:
-            if missing := sorted(set(names) - set(content.files)):
-                raise DataError(f"{path}: no {missing}; found {sorted(content.files)}")
-            return [content[name] for name in names]
-    except FileNotFoundError:
-        raise DataError(f"file not found: {path}") from None
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from None
 
 
 def write_coarse_labels(folder: str | Path, grids: Mapping[int, np.ndarray]) -> None:

@@ -10,15 +10,13 @@ import numpy as np
 from mmdet3d.datasets.converters.label_files import (
     COARSE_ENTRIES,
     LABEL_FILE,
-    ArrayHeader,
     coarse_name,
     label_folder,
-    read_arrays,
-    read_headers,
     write_coarse_labels,
 )
 from mmdet3d.datasets.converters.multiscale_gt import FACTORS, downsample_scales
 from mmdet3d.datasets.infos import DataError, resolve_path
+from mmdet3d.datasets.npz import ArrayHeader, read_arrays, read_headers
 
 WRITTEN, COMPLETE, EQUAL = "written", "complete", "equal"
 MISSING, ABSENT, DIFFERENT, FAILED = "missing", "absent", "different", "failed"
@@ -87,7 +85,7 @@ def coarse_grids(path: Path, free_index: int) -> dict[int, np.ndarray]:
     Raises:
         DataError: the file is unreadable or its ``semantics`` is no grid that can be down-sampled.
     """
-    labels, = read_arrays(path, "semantics")
+    labels = read_arrays(path, "semantics")["semantics"]
     try:
         return dict(zip(FACTORS, downsample_scales(labels, FACTORS, free_index), strict=True))
     except (TypeError, ValueError) as error:
@@ -118,7 +116,7 @@ def compare_coarse_files(path: Path, free_index: int) -> str:
     """
     for factor, expected in coarse_grids(path, free_index).items():
         coarse = path.with_name(coarse_name(factor))
-        for name, found in zip(COARSE_ENTRIES, read_arrays(coarse, *COARSE_ENTRIES), strict=True):
+        for name, found in read_arrays(coarse, *COARSE_ENTRIES).items():
             if found.shape != expected.shape or found.dtype != np.uint8:
                 return (f"{coarse}: {name}: expected uint8 {list(expected.shape)}, found {found.dtype} "
                         f"{list(found.shape)}")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmdet3d.datasets.labels import IGNORE_LABEL
+from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL
 
 FACTORS = (2, 4, 8)
 """Down-sampling factors of the label files ``labels_1_2.npz``, ``labels_1_4.npz`` and ``labels_1_8.npz``."""
@@ -75,6 +75,77 @@ def downsample_scales(labels: np.ndarray, factors: Sequence[Factor], free_index:
     even = all(side % 2 == 0 for block in blocks for side in block)
     cells = _cells_of_eight(grid, free_index) if even else _cells_of_one(grid, free_index)
     return [_vote(cells, block, free_index) for block in blocks]
+
+
+def blocks_of(size_xyz: Sequence[int]) -> tuple[int, int, int]:
+    """Voxels of the labels as released that a voxel of a coarser grid with the same bounds spans along x, y and z.
+
+    Raises:
+        ValueError: the ``size_xyz`` voxels are no whole blocks.
+    """
+    size = tuple(size_xyz)
+    if len(size) != 3 or any(n < 1 or whole % n for n, whole in zip(size, GRID_SIZE, strict=True)):
+        raise ValueError(f"semantics must have shape (X, Y, Z) = {GRID_SIZE}, or that of a grid of whole blocks of "
+                         f"these; {size} voxels cannot be compared")
+    return tuple(whole // n for n, whole in zip(size, GRID_SIZE, strict=True))
+
+
+def coarsen_mask(mask: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
+    """Which voxels of a coarser grid count as observed.
+
+    A coarse voxel is observed if at least one of its fine voxels is observed and has the label of the coarse voxel:
+    what the label says was then seen somewhere in it, and is not only known from lidar.
+
+    Args:
+        mask: (X, Y, Z), not zero where a voxel is observed.
+        labels: (X, Y, Z) labels.
+        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
+
+    Returns:
+        (X / a, Y / b, Z / c) uint8, 0 or 1.
+    """
+    if coarse_labels is labels:
+        return (mask != 0).astype(np.uint8)
+    blocks = _blocks(labels.shape, coarse_labels.shape)
+    seen = (labels.reshape(blocks) == coarse_labels[:, None, :, None, :, None]) & (mask.reshape(blocks) != 0)
+    return seen.any(axis=(1, 3, 5)).astype(np.uint8)
+
+
+def coarsen_flow(flow: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
+    """Flow of a coarser grid: the mean over those fine voxels of a block that have the label of the coarse voxel.
+
+    The value 255, which stands for "unknown", does not enter the mean; where nothing else is there, it stays. A coarse
+    voxel whose label none of its fine voxels has gets 0.
+
+    Args:
+        flow: (X, Y, Z, 2) velocity along x and y in m/s.
+        labels: (X, Y, Z) labels.
+        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
+
+    Returns:
+        (X / a, Y / b, Z / c, 2) in the type of ``flow``, float32 for whole numbers; ``flow`` itself if
+        ``coarse_labels`` is ``labels``.
+    """
+    if coarse_labels is labels:
+        return flow
+    blocks = _blocks(labels.shape, coarse_labels.shape)
+    values = flow.reshape(*blocks, 2)
+    busy = np.nonzero((values != 0).any(axis=(1, 3, 5, 6)))  # K of the coarse voxels: where nothing moves, all is 0
+    x, y, z = busy
+    values = values[x, :, y, :, z]  # (K, a, b, c, 2)
+    same = (labels.reshape(blocks)[x, :, y, :, z] == coarse_labels[busy][:, None, None, None])[..., None]
+    known = same & (values != IGNORE_LABEL)
+    inside = (1, 2, 3)
+    count = known.sum(axis=inside)
+    mean = np.where(known, values, 0).sum(axis=inside, dtype=np.float64) / np.maximum(count, 1)
+    result = np.zeros((*coarse_labels.shape, 2), flow.dtype if flow.dtype.kind == "f" else np.float32)
+    result[busy] = np.where((count == 0) & same.any(axis=inside), IGNORE_LABEL, mean)
+    return result
+
+
+def _blocks(fine: Sequence[int], coarse: Sequence[int]) -> list[int]:
+    """Shape that gives every block of a fine grid axes of its own: (X / a, a, Y / b, b, Z / c, c)."""
+    return [size for n, whole in zip(coarse, fine, strict=True) for size in (n, whole // n)]
 
 
 @functools.cache

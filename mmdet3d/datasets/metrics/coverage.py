@@ -2,16 +2,11 @@
 
 from collections.abc import Iterable
 
-_SHOWN = 5
+from mmdet3d.utils.text import listing
 
 
 class CoverageError(ValueError):
     """Samples are missing from an evaluation, or were added twice."""
-
-
-def _listed(tokens: list[str]) -> str:
-    more = f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else ""
-    return ", ".join(tokens[:_SHOWN]) + more
 
 
 class Coverage:
@@ -45,7 +40,7 @@ class Coverage:
     def merge(self, other: "Coverage") -> None:
         """Note all samples of ``other``; raises CoverageError, and notes nothing, if some were noted before."""
         if doubled := [token for token in other._tokens if token in self._tokens]:
-            raise CoverageError(f"{len(doubled)} samples were added twice: {_listed(doubled)}")
+            raise CoverageError(f"{len(doubled)} samples were added twice: {listing(doubled)}")
         self._tokens.update(other._tokens)
 
     def check(self, expected: Iterable[str]) -> None:
@@ -53,8 +48,8 @@ class Coverage:
         wanted = dict.fromkeys(expected)
         problems = []
         if missing := [token for token in wanted if token not in self._tokens]:
-            problems.append(f"{len(missing)} of {len(wanted)} samples are missing: {_listed(missing)}")
+            problems.append(f"{len(missing)} of {len(wanted)} samples are missing: {listing(missing)}")
         if unknown := [token for token in self._tokens if token not in wanted]:
-            problems.append(f"{len(unknown)} samples do not belong to the split: {_listed(unknown)}")
+            problems.append(f"{len(unknown)} samples do not belong to the split: {listing(unknown)}")
         if problems:
             raise CoverageError("; ".join(problems))

@@ -1,9 +1,9 @@
-"""Evaluation of predictions in files: where they lie, what they must hold, and one sample from files to counters."""
+"""Predictions in files: where they lie, what they must hold, and one sample from files to its score."""
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mmdet3d.datasets.converters.multiscale_gt import blocks_of, coarsen_flow, coarsen_mask, downsample_labels
 from mmdet3d.datasets.infos import DataError, scene_name
-from mmdet3d.datasets.labels import LabelSet, label_set
+from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL, LabelSet, label_set
+from mmdet3d.datasets.npz import read_arrays
+from mmdet3d.datasets.scoring import GroundTruth, SampleScore, SampleScorer, summarise
 from mmdet3d.utils.files import prediction_path
 
-from .hit_cache import HitCache
-from .npz import read_arrays
-from .ray_iou import RayMetric
-from .voxel_iou import VoxelMIoU
-
-_ARRAYS = ("semantics", "pred", "flow", "mask_camera")
+from .inputs import label_text
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,17 @@ class SampleFiles:
     ground_truth: Path
 
 
-@dataclass
-class Sample:
-    """What the files of a sample hold; axis order (X, Y, Z), flow in m/s, ``mask`` the voxels that cameras see."""
+def find_prediction(folder: str | os.PathLike, scene: str, token: str) -> Path | None:
+    """Prediction of a sample, ``<scene>/<token>.npz`` or ``<token>.npz``; None without one.
 
-    pred_semantics: np.ndarray
-    gt_semantics: np.ndarray
-    pred_flow: np.ndarray | None
-    gt_flow: np.ndarray | None
-    mask: np.ndarray | None
+    Raises:
+        DataError: it is at both places.
+    """
+    nested = prediction_path(folder, scene, token)
+    existing = [path for path in (nested, Path(folder) / nested.name) if path.is_file()]
+    if len(existing) > 1:
+        raise DataError(f"sample {token} has two predictions: {existing[0]} and {existing[1]}")
+    return existing[0] if existing else None
 
 
 def find_samples(infos: Sequence[Mapping], pred: str | os.PathLike, gt: str | os.PathLike
@@ -57,7 +57,7 @@ def find_samples(infos: Sequence[Mapping], pred: str | os.PathLike, gt: str | os
 
     Args:
         infos: Info records in time order.
-        pred: Folder of predictions, ``<scene>/<token>.npz`` or ``<token>.npz``.
+        pred: Folder of predictions, see :func:`find_prediction`.
         gt: Folder of labels, ``<scene>/<token>/labels.npz``.
 
     Returns:
@@ -75,109 +75,149 @@ def find_samples(infos: Sequence[Mapping], pred: str | os.PathLike, gt: str | os
         if token in seen:
             raise DataError(f"the info file holds sample {token} twice")
         seen.add(token)
-        nested = prediction_path(pred, scene, token)
-        flat = Path(pred) / nested.name
-        existing = [path for path in (nested, flat) if path.is_file()]
-        if len(existing) > 1:
-            raise DataError(f"sample {token} has two predictions: {existing[0]} and {existing[1]}")
-        if existing:
-            found.append(SampleFiles(index, token, existing[0], Path(gt) / scene / token / "labels.npz"))
-        else:
+        path = find_prediction(pred, scene, token)
+        if path is None:
             missing.append(token)
+        else:
+            found.append(SampleFiles(index, token, path, Path(gt) / scene / token / "labels.npz"))
     return found, missing
 
 
-def _labels(path: Path, arrays: Mapping, names: Sequence[str], labels: LabelSet) -> np.ndarray:
+def read_prediction(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(X, Y, Z) labels of a prediction, whole numbers, and its flow if there is one.
+
+    Raises:
+        DataError: the file is missing or damaged, or holds no labels in the grid of the labels as released or in one
+            of whole blocks of its voxels.
+    """
+    arrays = read_arrays(path, optional=("semantics", "pred", "flow"))
+    semantics = _grid(path, arrays, "semantics", "pred")
+    try:
+        blocks_of(semantics.shape)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+    return semantics, arrays.get("flow")
+
+
+def _grid(path: Path, arrays: Mapping[str, np.ndarray], *names: str) -> np.ndarray:
     name = next((name for name in names if name in arrays), None)
     if name is None:
-        raise DataError(f"{path} has no array {' or '.join(repr(name) for name in names)}")
+        raise DataError(f"{path} has no array {' or '.join(map(repr, names))}; expected whole numbers 'semantics' of "
+                        "shape (X, Y, Z)")
     array = arrays[name]
     if array.dtype.kind == "f" and array.size and bool((np.mod(array, 1) == 0).all()):
         array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise DataError(f"{path}: {name} must hold whole numbers, found {array.dtype}")
-    if array.size and not bool((array == labels.free_index).any()):
-        raise DataError(f"{path}: no voxel of {name} is free (label {labels.free_index} of {labels.name}); "
-                        "was it made for another class table?")
+    if array.dtype.kind not in "iu" or array.ndim != 3:
+        raise DataError(f"{path}: expected whole numbers {name!r} of shape (X, Y, Z), found {array.dtype} of shape "
+                        f"{array.shape}")
     return array.astype(np.int64) if array.dtype.itemsize > 1 else array
 
 
-def read_sample(files: SampleFiles, labels: LabelSet) -> Sample:
-    """Read the files of a sample.
+def _check(path: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if array.shape != shape or array.dtype.kind not in "biuf":
+        raise DataError(f"{path}: {name} must have shape {shape} and hold numbers, got {array.dtype} of shape "
+                        f"{array.shape}")
 
-    Raises:
-        DataError: a file is missing or damaged, lacks an array, or has no free voxel.
-    """
-    predicted, true = read_arrays(files.prediction, _ARRAYS), read_arrays(files.ground_truth, _ARRAYS)
-    needed = "mask_camera" if labels.name == "occ3d" else "flow"
-    if needed not in true:
-        raise DataError(f"{files.ground_truth} has no array {needed!r}; is it a label file of {labels.name}?")
-    semantics = _labels(files.prediction, predicted, ("semantics", "pred"), labels)
-    if labels.name == "occ3d":
-        return Sample(semantics, _labels(files.ground_truth, true, ("semantics",), labels), None, None,
-                      true["mask_camera"])
-    flow = predicted.get("flow")
-    with np.errstate(over="ignore"):
-        true_flow = true["flow"].astype(np.float16)
-    if flow is not None and flow.dtype.kind in "iu":
-        flow = flow.astype(np.float32)
-    return Sample(semantics, _labels(files.ground_truth, true, ("semantics",), labels), flow, true_flow, None)
+
+def _check_grid(path: Path, grid: np.ndarray, size: tuple[int, ...], labels: LabelSet) -> None:
+    _check(path, "semantics", grid, size)
+    if not bool((grid == labels.free_index).any()):
+        raise DataError(f"{path}: no voxel of semantics is free (label {labels.free_index} of {labels.name}); "
+                        "was it made for another class table?")
+
+
+@functools.lru_cache(maxsize=1)
+def _scorer(dataset: str, device: str | None, cache: str | None) -> SampleScorer:
+    """That of a process, which makes what is needed for all samples once."""
+    return SampleScorer(label_set(dataset), device, cache)
 
 
 @dataclass(frozen=True)
 class FileEvaluation:
     """How samples are evaluated; may be sent to another process.
 
+    Predictions with fewer voxels than the labels are compared with coarser labels, as in the evaluation of a model
+    with a coarser grid: those of a data set with ``label_options=dict(coarsen=...)``.
+
     Attributes:
         dataset: Name of the label set.
+        size: Voxels (X, Y, Z) of the predictions.
         device: Where to compute, None for the CPU.
         cache: Folder that keeps where rays hit the ground truth, or None.
         threads: CPU threads of the process, None for PyTorch's choice.
     """
 
     dataset: str
+    size: tuple[int, int, int] = GRID_SIZE
     device: str | None = None
     cache: str | None = None
     threads: int | None = None
 
-    def metrics(self) -> tuple[RayMetric, VoxelMIoU]:
-        """New metrics that have counted nothing."""
-        labels = label_set(self.dataset)
-        cache = None if self.cache is None else HitCache(self.cache)
-        return RayMetric(labels, device=self.device, cache=cache), VoxelMIoU(labels)
+    def read(self, files: SampleFiles, origins: np.ndarray) -> tuple[GroundTruth, np.ndarray, np.ndarray | None]:
+        """Ground truth, predicted labels and predicted flow (None: zero) of a sample.
 
-    def count(self, files: SampleFiles, sample: Sample, origins: np.ndarray) -> tuple[dict, dict]:
-        """States of both metrics after one sample.
+        Raises:
+            DataError: a file is missing or damaged, lacks an array, has another shape, or has no free voxel.
+        """
+        path = files.prediction
+        semantics, flow = read_prediction(path)
+        _check_grid(path, semantics, self.size, label_set(self.dataset))
+        truth = self.read_truth(files, origins)
+        if flow is None or truth.flow is None:
+            return truth, semantics, None
+        _check(path, "flow", flow, (*self.size, 2))
+        return truth, semantics, flow.astype(flow.dtype.newbyteorder("=") if flow.dtype.kind == "f" else np.float32)
+
+    def read_truth(self, files: SampleFiles, origins: np.ndarray) -> GroundTruth:
+        """Ground truth of a sample at the resolution of the predictions; raises as :meth:`read`."""
+        labels, path = label_set(self.dataset), files.ground_truth
+        masked = labels.name == "occ3d"
+        other = "mask_camera" if masked else "flow"
+        arrays = read_arrays(path, optional=("semantics", other))
+        if other not in arrays:
+            raise DataError(f"{path} has no array {other!r}; is it a label file of {labels.name}?")
+        fine = _grid(path, arrays, "semantics")
+        _check_grid(path, fine, GRID_SIZE, labels)
+        _check(path, other, arrays[other], GRID_SIZE if masked else (*GRID_SIZE, 2))
+        if fine.min() < 0 or fine.max() > labels.free_index:
+            unknown = fine[((fine < 0) | (fine > labels.free_index)) & (fine != IGNORE_LABEL)]
+            if unknown.size:
+                raise DataError(f"{path}: {label_text('semantics', unknown[0], labels.num_classes)}")
+        blocks = blocks_of(self.size)
+        grid = fine if blocks == (1, 1, 1) else downsample_labels(fine, blocks, labels.free_index)
+        coarse = (coarsen_mask if masked else coarsen_flow)(arrays[other], fine, grid)
+        flow, mask = (None, coarse) if masked else (coarse, None)
+        return GroundTruth.of(files.index, files.token, grid, flow, mask, origins)
+
+    def score(self, files: SampleFiles, truth: GroundTruth, semantics: np.ndarray, flow: np.ndarray | None
+              ) -> SampleScore:
+        """What is counted for a sample.
 
         Raises:
             DataError: an array does not fit; the message names the file.
         """
-        rays, voxels = self.metrics()
         try:
-            rays.add(files.token, sample.pred_semantics, sample.gt_semantics, origins, sample.pred_flow, sample.gt_flow)
-            voxels.add(files.token, sample.pred_semantics, sample.gt_semantics, sample.mask)
-            return rays.state_dict(), voxels.state_dict()
+            scorer = _scorer(self.dataset, self.device, self.cache)
+            return scorer(truth, torch.as_tensor(semantics), None if flow is None else torch.as_tensor(flow))
         except (ValueError, TypeError) as error:
-            path = files.ground_truth if str(error).startswith(("gt", "mask")) else files.prediction
-            raise DataError(f"{path}: {re.sub('^(pred|gt)_', '', str(error))}") from None
+            wrong = str(error).removeprefix(f"sample {files.token}: ")
+            path = files.ground_truth if wrong.startswith(("gt_", "mask")) else files.prediction
+            raise DataError(f"{path}: {error}") from None
 
-    def __call__(self, job: tuple[SampleFiles, np.ndarray]) -> tuple[dict, dict]:
-        """From files and origins to the states of both metrics; raises DataError naming the file at fault."""
+    def __call__(self, job: tuple[SampleFiles, np.ndarray]) -> SampleScore:
+        """From files and origins to what is counted; raises DataError naming the file at fault."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        files, origins = job
-        return self.count(files, read_sample(files, label_set(self.dataset)), origins)
+        return self.score(job[0], *self.read(*job))
 
     def check_itself(self, job: tuple[SampleFiles, np.ndarray]) -> None:
         """Raises DataError unless the ground truth of a sample, evaluated against itself, is perfect."""
-        files, origins = job
-        sample = read_sample(files, label_set(self.dataset))
+        files, truth = job[0], self.read_truth(*job)
         # A true flow that is not finite has a defined effect; a predicted one is refused.
-        flow = None if sample.gt_flow is None else np.nan_to_num(sample.gt_flow, nan=0, posinf=0, neginf=0)
-        perfect = Sample(sample.gt_semantics, sample.gt_semantics, flow, flow, sample.mask)
-        rays, _ = self.metrics()
-        rays.load_state_dict(self.count(replace(files, prediction=files.ground_truth), perfect, origins)[0])
-        result = rays.result()
+        flow = None if truth.flow is None else truth.flow.nan_to_num(nan=0, posinf=0, neginf=0)
+        score = self.score(replace(files, prediction=files.ground_truth), replace(truth, flow=flow), truth.semantics,
+                           flow)
+        result = summarise([score], label_set(self.dataset), [files.token]).rays
         if result["rays"] and (result["RayIoU"] != 1.0 or result["mAVE"] > 0):
             raise DataError(f"{files.ground_truth}: evaluated against itself it scores RayIoU {result['RayIoU']} and "
                             f"mAVE {result['mAVE']} instead of 1 and 0; this installation does not compute correctly")

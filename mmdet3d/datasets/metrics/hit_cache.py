@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from mmdet3d.datasets.infos import DataError
+from mmdet3d.datasets.npz import read_arrays
 from mmdet3d.structures import VoxelGrid
 from mmdet3d.utils.files import atomic_write
 
-from .npz import read_arrays
 from .rays import lidar_rays
 
 _FORMAT = b"ray hits 1"
@@ -51,19 +51,13 @@ class HitCache:
     def load(self, key: str, count: int, num_voxels: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(count,) int32 voxels and float32 distances, or None if there is no usable file."""
         try:
-            arrays = read_arrays(self._path(key), ("voxel", "distance"))
+            arrays = read_arrays(self._path(key), "voxel", "distance")
         except DataError:
             return None
-        if len(arrays) < 2:
-            return None
         voxel, distance = arrays["voxel"], arrays["distance"]
-        if voxel.shape != (count,) or distance.shape != (count,):
-            return None
-        if voxel.dtype != np.int32 or distance.dtype != np.float32:
-            return None
-        if count and not 0 <= voxel.min() <= voxel.max() < num_voxels:
-            return None
-        return voxel, distance
+        usable = (voxel.shape == distance.shape == (count,) and (voxel.dtype, distance.dtype) == (np.int32, np.float32)
+                  and (not count or 0 <= voxel.min() <= voxel.max() < num_voxels))
+        return (voxel, distance) if usable else None
 
     def save(self, key: str, voxel: np.ndarray, distance: np.ndarray) -> None:
         """Keep (T * R,) int32 voxels and float32 distances."""

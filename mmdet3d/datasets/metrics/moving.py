@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from mmdet3d.datasets.labels import LabelSet
 
-from .inputs import Array
-from .ray_iou import RayMetric
+from .ray_iou import CastRays, RayMetric
 
 MOVING_SPEED = 0.5
 """Speed in m/s above which an object moves."""
@@ -42,17 +40,20 @@ class MovingRayMetric(RayMetric):
         self.speed = float(speed)
         self._moving = {name: RayMetric(self.labels, grid=self.grid) for name in ("flow", "zero_flow")}
 
-    def add(self, token: str, pred_semantics: Array, gt_semantics: Array, origins: Array,
-            pred_flow: Array | None = None, gt_flow: Array | None = None) -> None:
-        """As :meth:`RayMetric.add`."""
-        try:
-            super().add(token, pred_semantics, gt_semantics, origins, pred_flow, gt_flow)
-        except (ValueError, TypeError):
-            self._fetch_moving(keep=False)
-            raise
-        self._fetch_moving(keep=True)
-        for part in self._moving.values():
-            part.coverage.claim(token)
+    def count(self, token: str, rays: CastRays) -> None:
+        """As :meth:`RayMetric.count`."""
+        super().count(token, rays)
+        if rays.gt_flow is None:
+            for part in self._moving.values():
+                part.coverage.claim(token)
+            return
+        hit, grids = rays.voxel[1].long(), rays.grids.clone()
+        moves = rays.gt_flow.reshape(-1, 2)[hit].float().square().sum(-1) > self.speed**2
+        true = grids[1].view(-1)
+        true[hit] = true[hit].where(moves, self.labels.free_index)  # rays that end in free space do not count
+        rays = rays._replace(grids=grids)
+        self._moving["flow"].count(token, rays)
+        self._moving["zero_flow"].count(token, rays._replace(pred_flow=None))
 
     def merge(self, other: RayMetric) -> None:
         """As :meth:`RayMetric.merge`; ValueError also if ``other`` has another speed or none."""
@@ -94,26 +95,6 @@ class MovingRayMetric(RayMetric):
         for name, part in self._moving.items():
             part.load_state_dict(moving[name])
 
-    def _tally(self, sample: int, grids: Tensor, voxel: Tensor, distance: Tensor, pred_flow: Tensor | None,
-               gt_flow: Tensor | None) -> None:
-        super()._tally(sample, grids, voxel, distance, pred_flow, gt_flow)
-        if gt_flow is None:
-            return
-        still = ~(gt_flow.float().square().sum(-1) > self.speed**2)
-        grids = grids.clone()
-        known = grids[1] < self.labels.num_classes  # other labels stay, for the counting to refuse
-        grids[1].masked_fill_(still & known, self.labels.free_index)  # rays that end in free space do not count
-        for name, part in self._moving.items():
-            part._tally(sample, grids, voxel, distance, pred_flow if name == "flow" else None, gt_flow)
-
-    def _fetch_moving(self, keep: bool) -> None:
-        """Take over, or drop, what the CPU counted for the last sample; GPUs are not waited for."""
-        for part in self._moving.values():
-            for device, place in part._places.items():
-                if device.type == "cpu" and keep:
-                    part._fetch(place.totals)
-                elif device.type == "cpu":
-                    place.totals.memory.zero_()
 
 
 def _row(rays: np.integer, error: float, error_zero: float) -> dict[str, float]:

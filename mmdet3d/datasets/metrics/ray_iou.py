@@ -1,7 +1,7 @@
 """RayIoU, mAVE and the occupancy score, as a state of a few counters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from mmdet3d.datasets.labels import LabelSet, label_set
 from mmdet3d.ops.ray_cast import ray_cast
-from mmdet3d.ops.ray_counts import RayTotals, ray_counts
+from mmdet3d.ops.ray_counts import GT_LABEL, PRED_LABEL, RayTotals, ray_counts
 from mmdet3d.structures import VoxelGrid
 
 from .coverage import Coverage
 from .hit_cache import HitCache
-from .inputs import Array, as_flow, as_labels, as_origins, upload
-from .ray_problems import problem_text
+from .inputs import Array, as_flow, as_labels, as_origins, label_text, upload
 from .ray_scores import scores
 from .rays import LABEL_GRID, lidar_rays
 
@@ -62,6 +61,24 @@ class RayCounts:
         """Counts in the memory of the CPU."""
         rows = totals.counts.numpy()
         return cls(rows[0], rows[1], rows[2:5], totals.flow_error.numpy(), rows[5])
+
+
+class CastRays(NamedTuple):
+    """The rays of a sample after they were cast, all on one device, as :func:`mmdet3d.ops.ray_counts` takes them.
+
+    Attributes:
+        grids: (2, X, Y, Z) uint8 labels of prediction and ground truth.
+        voxel: (2, T * R) int32 flat index of the voxel in which each ray ends, in prediction and ground truth.
+        distance: (2, T * R) float32 metres to there.
+        pred_flow: (X, Y, Z, 2) predicted velocity (x, y) in m/s; None: zero.
+        gt_flow: (X, Y, Z, 2) float16 true velocity; None: zero.
+    """
+
+    grids: Tensor
+    voxel: Tensor
+    distance: Tensor
+    pred_flow: Tensor | None
+    gt_flow: Tensor | None
 
 
 class _Place(NamedTuple):
@@ -149,7 +166,6 @@ class RayMetric:
                 flow is not finite at a true positive. Nothing was counted then.
             TypeError: labels are no integers or flow no floating point numbers.
         """
-        self.coverage.refuse_seen(token)
         device = self._device_of(pred_semantics)
         size, count = self.grid.size_xyz, self.labels.num_classes
         pred = as_labels("pred_semantics", pred_semantics, size, count, device)
@@ -158,10 +174,17 @@ class RayMetric:
         true = None if gt_flow is None else as_flow("gt_flow", gt_flow, size, device).half()
         if predicted is not None and predicted.dtype == torch.bfloat16:
             predicted = predicted.float()
-        positions = as_origins(origins)
-        self._count(len(self.coverage), torch.stack([pred, gt]), positions, predicted, true)
-        if device.type == "cpu" and (problem := self._fetch(self._place(device).totals)):
-            raise ValueError(problem_text(problem, None, count))
+        grids = torch.stack([pred, gt])
+        self.count(token, CastRays(grids, *self._cast_both(grids, as_origins(origins)), predicted, true))
+
+    def count(self, token: str, rays: CastRays) -> None:
+        """Count one sample whose rays were cast; as :meth:`add` otherwise."""
+        self.coverage.refuse_seen(token)
+        totals = self._place(rays.grids.device).totals
+        ray_counts(totals, *rays, free_label=self.labels.free_index, flow_classes=self.labels.flow_classes,
+                   thresholds=THRESHOLDS, flow_threshold=FLOW_THRESHOLD, sample=len(self.coverage))
+        if rays.grids.device.type == "cpu" and (problem := self._fetch(totals)):
+            raise ValueError(_problem_text(problem, None, self.labels.num_classes))
         self.coverage.claim(token)
 
     def settle(self) -> None:
@@ -175,7 +198,7 @@ class RayMetric:
         for place in self._places.values():
             if (problem := self._fetch(place.totals)) and self._failure is None:
                 token = self.coverage.tokens[problem[1]]
-                self._failure = problem_text(problem, token, self.labels.num_classes)
+                self._failure = _problem_text(problem, token, self.labels.num_classes)
         if self._failure is not None:
             raise ValueError(self._failure)
 
@@ -270,14 +293,15 @@ class RayMetric:
         known = [upload(torch.from_numpy(array), grids.device)[None] for array in found]
         return torch.cat([voxel, known[0]]), torch.cat([distance, known[1]])
 
-    def _count(self, sample: int, grids: Tensor, origins: np.ndarray, pred_flow: Tensor | None,
-               gt_flow: Tensor | None) -> None:
-        """Add sample number ``sample`` to the counters of its device."""
-        self._tally(sample, grids, *self._cast_both(grids, origins), pred_flow, gt_flow)
 
-    def _tally(self, sample: int, grids: Tensor, voxel: Tensor, distance: Tensor, pred_flow: Tensor | None,
-               gt_flow: Tensor | None) -> None:
-        """Add rays that were cast to the counters of their device."""
-        ray_counts(self._place(grids.device).totals, grids, voxel, distance, pred_flow, gt_flow,
-                   free_label=self.labels.free_index, flow_classes=self.labels.flow_classes, thresholds=THRESHOLDS,
-                   flow_threshold=FLOW_THRESHOLD, sample=sample)
+def _problem_text(problem: Sequence[int], token: str | None, num_classes: int) -> str | None:
+    """Why ``RayTotals.problem`` says that samples could not be counted, None if all were; ``token``: the first one."""
+    samples, _, kind, value, of = problem
+    if not samples:
+        return None
+    if kind in (PRED_LABEL, GT_LABEL):
+        text = label_text("pred_semantics" if kind == PRED_LABEL else "gt_semantics", value, num_classes)
+    else:
+        text = f"pred_flow is not finite where {value} of {of} true-positive rays hit"
+    more = f"; {samples - 1} more samples cannot be counted" if samples > 1 else ""
+    return text if token is None else f"{text} (sample {token}{more})"

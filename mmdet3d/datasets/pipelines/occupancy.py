@@ -1,76 +1,22 @@
 """Occupancy labels of a sample at full and coarser resolutions, read from label files or computed on the fly."""
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from mmdet3d.datasets.converters.label_files import label_folder
-from mmdet3d.datasets.converters.multiscale_gt import block_shape, downsample_labels, downsample_scales
+from mmdet3d.datasets.converters.multiscale_gt import (
+    block_shape,
+    coarsen_flow,
+    coarsen_mask,
+    downsample_labels,
+    downsample_scales,
+)
 from mmdet3d.datasets.infos import DataError, resolve_path
 from mmdet3d.datasets.labels import GRID_SIZE, IGNORE_LABEL, OCC3D, OPENOCC, LabelSet
+from mmdet3d.datasets.npz import read_arrays
 from mmdet3d.datasets.pipelines.compose import require, sample_error
 from mmdet3d.registry import PIPELINES
-
-
-def openocc_path(occ_path: str) -> str:
-    """Folder of the OpenOcc label of a sample, see :func:`label_folder`, without a leading ``./``."""
-    return str(PurePosixPath(label_folder(occ_path, "openocc")))
-
-
-def coarsen_mask(mask: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
-    """Which voxels of a coarser grid count as observed.
-
-    A coarse voxel is observed if at least one of its fine voxels is observed and has the label of the coarse voxel:
-    what the label says was then seen somewhere in it, and is not only known from lidar.
-
-    Args:
-        mask: (X, Y, Z), not zero where a voxel is observed.
-        labels: (X, Y, Z) labels.
-        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
-
-    Returns:
-        (X / a, Y / b, Z / c) uint8, 0 or 1.
-    """
-    blocks = _blocks(labels.shape, coarse_labels.shape)
-    seen = (labels.reshape(blocks) == coarse_labels[:, None, :, None, :, None]) & (mask.reshape(blocks) != 0)
-    return seen.any(axis=(1, 3, 5)).astype(np.uint8)
-
-
-def coarsen_flow(flow: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
-    """Flow of a coarser grid: the mean over those fine voxels of a block that have the label of the coarse voxel.
-
-    The value 255, which stands for "unknown", does not enter the mean; where nothing else is there, it stays. A coarse
-    voxel whose label none of its fine voxels has gets 0.
-
-    Args:
-        flow: (X, Y, Z, 2) velocity along x and y in m/s.
-        labels: (X, Y, Z) labels.
-        coarse_labels: (X / a, Y / b, Z / c) labels of blocks of a x b x c voxels.
-
-    Returns:
-        (X / a, Y / b, Z / c, 2) in the type of ``flow``, float32 for whole numbers.
-    """
-    blocks = _blocks(labels.shape, coarse_labels.shape)
-    values = flow.reshape(*blocks, 2)
-    busy = np.nonzero((values != 0).any(axis=(1, 3, 5, 6)))  # K of the coarse voxels: where nothing moves, all is 0
-    x, y, z = busy
-    values = values[x, :, y, :, z]  # (K, a, b, c, 2)
-    same = (labels.reshape(blocks)[x, :, y, :, z] == coarse_labels[busy][:, None, None, None])[..., None]
-    known = same & (values != IGNORE_LABEL)
-    inside = (1, 2, 3)
-    count = known.sum(axis=inside)
-    mean = np.where(known, values, 0).sum(axis=inside, dtype=np.float64) / np.maximum(count, 1)
-    result = np.zeros((*coarse_labels.shape, 2), flow.dtype if flow.dtype.kind == "f" else np.float32)
-    result[busy] = np.where((count == 0) & same.any(axis=inside), IGNORE_LABEL, mean)
-    return result
-
-
-def _blocks(fine: Sequence[int], coarse: Sequence[int]) -> list[int]:
-    """Shape that gives every block of a fine grid axes of its own: (X / a, a, Y / b, b, Z / c, c)."""
-    return [size for n, whole in zip(coarse, fine, strict=True) for size in (n, whole // n)]
 
 
 class OccupancyLoader:
@@ -96,6 +42,7 @@ class OccupancyLoader:
     """
 
     labels: LabelSet
+    camera_mask = ignore_unobserved = False
 
     def __init__(self, scale_1_2: bool = False, scale_1_4: bool = False, scale_1_8: bool = False, *,
                  compute_scales: bool = False, grid_size: Sequence[int] = GRID_SIZE,
@@ -113,10 +60,6 @@ class OccupancyLoader:
             raise ValueError(f"coarsen={coarsen!r}: there are no files with coarser scales of that grid; set "
                              "compute_scales=True")
 
-    def folder(self, occ_path: str) -> str:
-        """Where the labels of a sample are, for the ``occ_path`` of its record."""
-        return occ_path
-
     def __call__(self, results: dict) -> dict:
         """Add the labels of ``occ_gt_path``.
 
@@ -127,21 +70,19 @@ class OccupancyLoader:
         arrays = self.read_labels(results)
         scales = self._scales(results, arrays["semantics"])
         results.update({f"voxel_semantics{suffix}": grid for suffix, grid in scales.items()})
-        self.add_others(results, arrays, scales)
+        if "flow" in arrays:
+            results["voxel_flows"] = coarsen_flow(arrays["flow"], arrays["semantics"], scales[""])
+        for suffix, grid in scales.items() if "mask_camera" in arrays else ():
+            seen = coarsen_mask(arrays["mask_camera"], arrays["semantics"], grid)
+            if self.camera_mask:
+                results[f"mask_camera{suffix}"] = seen
+            if self.ignore_unobserved:
+                results[f"voxel_semantics{suffix}"] = np.where(seen, grid, np.uint8(IGNORE_LABEL))
         return results
 
     def read_labels(self, results: Mapping) -> dict[str, np.ndarray]:
         """What is needed of ``labels.npz``, at the resolution of the file."""
         return self.read_semantics(results, "labels.npz", 1)
-
-    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
-        """Add what belongs to the labels.
-
-        Args:
-            results: Where to add it.
-            arrays: What :meth:`read_labels` gave.
-            scales: Labels of every scale by the suffix of its keys, the finest under "".
-        """
 
     def _scales(self, results: Mapping, fine: np.ndarray) -> dict[str, np.ndarray]:
         """Labels of every scale by the suffix of its keys."""
@@ -158,7 +99,17 @@ class OccupancyLoader:
 
     def read_semantics(self, results: Mapping, name: str, factor: int, *others: str) -> dict[str, np.ndarray]:
         """``semantics``, checked, and ``others`` of the file ``name`` of a sample."""
-        path, arrays = self._read(results, name, ("semantics", *others))
+        relative = f"{label_folder(results['occ_gt_path'], self.labels.name)}/{name}"
+        try:
+            path = resolve_path(relative, results.get("info_file"))
+        except DataError as error:
+            hint = "" if name == "labels.npz" else ("; tools/generate_ms_occ.py makes it, and compute_scales=True of "
+                                                    "this step does without it")
+            raise sample_error(self, results, f"{error}{hint}") from None
+        try:
+            arrays = read_arrays(path, "semantics", *others)
+        except DataError as error:
+            raise sample_error(self, results, f"cannot read label file {error}") from None
         grid = arrays["semantics"]
         shape = tuple(n // factor for n in self.grid_size)
         if grid.shape != shape or grid.dtype.kind not in "iu":
@@ -171,25 +122,6 @@ class OccupancyLoader:
                                               f"{IGNORE_LABEL} (ignore)")
         return arrays
 
-    def _read(self, results: Mapping, name: str, keys: Sequence[str]) -> tuple[Path, dict[str, np.ndarray]]:
-        relative = f"{self.folder(results['occ_gt_path'])}/{name}"
-        try:
-            path = resolve_path(relative, results.get("info_file"))
-        except DataError as error:
-            hint = "" if name == "labels.npz" else ("; tools/generate_ms_occ.py makes it, and compute_scales=True of "
-                                                    "this step does without it")
-            raise sample_error(self, results, f"{error}{hint}") from None
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if missing := [key for key in keys if key not in file]:
-                    raise sample_error(self, results, f"{path}: arrays {missing} are missing; found {file.files}")
-                return path, {key: file[key] for key in keys}
-        except DataError:
-            raise
-        except (OSError, EOFError, ValueError, AttributeError, NotImplementedError, RuntimeError,
-                zipfile.BadZipFile, zlib.error) as error:  # what damaged bytes make NumPy and zipfile raise
-            raise sample_error(self, results, f"cannot read label file {path}: {error}") from error
-
 
 @PIPELINES.register_module()
 class LoadOccGTFromFileOpenOcc(OccupancyLoader):
@@ -201,10 +133,6 @@ class LoadOccGTFromFileOpenOcc(OccupancyLoader):
 
     labels = OPENOCC
 
-    def folder(self, occ_path: str) -> str:
-        """The folder of the OpenOcc labels."""
-        return openocc_path(occ_path)
-
     def read_labels(self, results: Mapping) -> dict[str, np.ndarray]:
         """Labels and flow."""
         arrays = self.read_semantics(results, "labels.npz", 1, "flow")
@@ -213,12 +141,6 @@ class LoadOccGTFromFileOpenOcc(OccupancyLoader):
             raise sample_error(self, results, f"labels.npz: flow: expected numbers of shape "
                                               f"{(*self.grid_size, 2)}, found {flow.dtype} of shape {flow.shape}")
         return arrays
-
-    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
-        """Add the flow of the finest scale."""
-        flow = arrays["flow"]
-        results["voxel_flows"] = flow if self.coarsen == (1, 1, 1) else coarsen_flow(flow, arrays["semantics"],
-                                                                                     scales[""])
 
 
 @PIPELINES.register_module()
@@ -257,19 +179,6 @@ class LoadOccGTFromFileCVPR2023(OccupancyLoader):
             raise sample_error(self, results, f"labels.npz: mask_camera: expected shape {self.grid_size}, found "
                                               f"{arrays['mask_camera'].shape}")
         return arrays
-
-    def add_others(self, results: dict, arrays: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> None:
-        """Add the masks, or ignore what they leave out."""
-        if "mask_camera" not in arrays:
-            return
-        fine, mask = arrays["semantics"], arrays["mask_camera"]
-        for suffix, grid in scales.items():
-            same_size = grid.shape == fine.shape
-            seen = (mask != 0).astype(np.uint8) if same_size else coarsen_mask(mask, fine, grid)
-            if self.camera_mask:
-                results[f"mask_camera{suffix}"] = seen
-            if self.ignore_unobserved:
-                results[f"voxel_semantics{suffix}"] = np.where(seen, grid, np.uint8(IGNORE_LABEL))
 
 
 def ground_truth_step(labels: LabelSet, options: Mapping | None = None) -> OccupancyLoader:

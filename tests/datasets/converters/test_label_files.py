@@ -1,4 +1,4 @@
-"""Paths of labels, headers of .npz files, and work shared out to processes."""
+"""Paths of labels, files of coarse labels, and work shared out to processes."""
 
 import os
 import subprocess
@@ -9,15 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdet3d.datasets.converters.label_files import (
-    coarse_name,
-    label_folder,
-    read_arrays,
-    read_headers,
-    write_coarse_labels,
-)
+from mmdet3d.datasets.converters.label_files import coarse_name, label_folder, write_coarse_labels
 from mmdet3d.datasets.converters.parallel import map_unordered
 from mmdet3d.datasets.infos import DataError
+from mmdet3d.datasets.npz import read_headers
 
 
 @pytest.mark.parametrize("path, openocc", [
@@ -27,6 +22,9 @@ from mmdet3d.datasets.infos import DataError
     ("data/my_gts/x/scene/abc", "data/my_gts/x/scene/abc"),
     ("data/gts/gts/gts", "data/gts/gts/gts".replace("data/gts", "data/openocc_v2")),
     ("data\\gts\\scene\\abc", "data/openocc_v2/scene/abc"),
+    ("/x/mygts/gts/scene/abc", "/x/mygts/openocc_v2/scene/abc"),
+    ("gts/gts/s/t", "gts/openocc_v2/s/t"),
+    ("a/b", "a/b"),
 ])
 def test_only_the_folder_above_the_scene_is_renamed(path, openocc):
     assert label_folder(path, "openocc") == openocc
@@ -36,22 +34,6 @@ def test_only_the_folder_above_the_scene_is_renamed(path, openocc):
 def test_unknown_label_set():
     with pytest.raises(ValueError, match=r"one of \['occ3d', 'openocc'\], got 'kitti'"):
         label_folder("gts/a/b", "kitti")
-
-
-def test_headers_and_arrays(tmp_path):
-    arrays = {"a": np.zeros((3, 4, 5), np.uint8), "b": np.arange(6.0, dtype=">f4").reshape(2, 3).T}
-    for save in (np.savez, np.savez_compressed):
-        save(tmp_path / "x.npz", **arrays)
-        headers = read_headers(tmp_path / "x.npz")
-        assert headers == {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    np.testing.assert_array_equal(read_arrays(tmp_path / "x.npz", "b")[0], arrays["b"])
-    with pytest.raises(DataError, match=r"x.npz: no \['c'\]; found \['a', 'b'\]"):
-        read_arrays(tmp_path / "x.npz", "a", "c")
-    with pytest.raises(DataError, match="file not found: .*y.npz"):
-        read_arrays(tmp_path / "y.npz", "a")
-    np.save(tmp_path / "z.npy", arrays["a"])
-    with pytest.raises(DataError, match="found a single array"):
-        read_arrays(tmp_path / "z.npy", "a")
 
 
 def test_every_cut_of_a_file_is_noticed(tmp_path):
