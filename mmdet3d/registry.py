@@ -15,12 +15,17 @@ import contextlib
 import contextvars
 import copy
 import difflib
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Collection, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from mmcv.cnn import MODELS as MMCV_MODELS
 from mmcv.utils import Registry
+
+from mmdet3d.interfaces import accepts, has_member, members
 
 _config_path: contextvars.ContextVar[str] = contextvars.ContextVar("config_path", default="")
 
@@ -116,6 +121,38 @@ def check_keys(mapping: Mapping, accepted: Collection[str], place: str) -> None:
                               f"{sorted(accepted)}")
 
 
+def check_contract(part: Any, contract: type, *partial: type) -> None:
+    """Refuse a part of the config that is being built which lacks what it will be asked for.
+
+    Args:
+        part: The part.
+        contract: Protocol of :mod:`mmdet3d.interfaces` that it must fulfil.
+        *partial: Further ones, which it must fulfil if it has any of their members.
+
+    Raises:
+        ConfigError: a member is missing, or cannot be called as the contract does; the message names the place in the
+            config, the class, the member and what it is for.
+    """
+    path, kind = _config_path.get() or "config", type(part).__name__
+    for one in (contract, *partial):
+        wanted = members(one)
+        if one is not contract and not any(has_member(part, name) for name, _, _ in wanted):
+            continue
+        for name, purpose, call in wanted:
+            if not has_member(part, name):
+                raise ConfigError(f"{path}: {kind} has no {name}{'()' if call else ''}: {purpose} ({one.__name__} of "
+                                  "mmdet3d.interfaces)")
+            if call and not accepts(getattr(part, name), call):
+                raise ConfigError(f"{path}: {kind}.{name} takes {_names(inspect.signature(getattr(part, name)))}, but "
+                                  f"is called with {_names(call)}: {purpose} ({one.__name__} of mmdet3d.interfaces)")
+
+
+def _names(signature: inspect.Signature) -> str:
+    """Parameters without types and defaults."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return f"({', '.join(stars.get(p.kind, '') + p.name for p in signature.parameters.values())})"
+
+
 def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | None = None) -> Any:
     """Build the object that ``cfg`` describes; ``cfg`` stays as it is.
 
@@ -155,10 +192,27 @@ def build_from_config(cfg: Mapping, registry: Registry, default_args: Mapping | 
         raise ConfigError(f"{path}: {cls.__name__}: {type(error).__name__} {error}") from error
 
 
-def build(cfg: Mapping, place: str = "", **default_args: Any) -> Any:
-    """Build a model part found under the key ``place`` of the config that is being built."""
+def build(cfg: Mapping, place: str = "", contract: type | None = None, *partial: type) -> Any:
+    """Build a model part found under the key ``place`` of the config that is being built.
+
+    Args:
+        cfg: Its config.
+        place: The key.
+        contract: What the part must offer, see :func:`check_contract`.
+        *partial: Likewise.
+    """
     with config_place(place):
-        return build_from_config(cfg, MODELS, default_args)
+        part = build_from_config(cfg, MODELS)
+        if contract is not None:
+            check_contract(part, contract, *partial)
+        return part
+
+
+def import_modules(package: ModuleType) -> None:
+    """Import every module in the folder of a package, which registers what they define."""
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if not module.ispkg:
+            importlib.import_module(module.name)
 
 
 def _registry_build(cfg: Mapping, registry: Registry, default_args: Mapping | None = None) -> Any:

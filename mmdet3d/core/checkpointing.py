@@ -43,6 +43,7 @@ from mmdet3d.core.checkpoint_files import (
 from mmdet3d.core.parallel import unwrap
 from mmdet3d.core.random_state import capture_random_state, restore_random_state
 from mmdet3d.datasets.samplers.sequence import distributed_place
+from mmdet3d.interfaces import EndsStep, KeepsMemory, TrainingState, offers
 from mmdet3d.structures import TemporalMemory
 from mmdet3d.utils.checkpoint import CheckpointError, load_weights, read_checkpoint, save_checkpoint
 
@@ -63,7 +64,7 @@ def versions() -> dict[str, str]:
 
 def between_steps(runner: Any) -> bool:
     """Whether the current iteration ends with an optimizer step, in a hook after it; else gradients accumulate."""
-    return all(hook.steps_after(runner) for hook in runner.hooks if hasattr(hook, "steps_after"))
+    return all(hook.steps_after(runner) for hook in runner.hooks if offers(hook, EndsStep))
 
 
 def to_plain(value: Any, unknown: Callable[[Any], Any] | None = None) -> Any:
@@ -122,9 +123,8 @@ def save_training_state(runner: Any, path: str | os.PathLike, *, finished: int |
     Raises:
         CheckpointError: a file of any process cannot be written; raised in all processes, naming the process.
     """
-    path = Path(path)
+    path, rank = Path(path), distributed_place()[0]
     finished = runner.iter + 1 if finished is None else finished
-    rank, _ = distributed_place()
     folder = _from_first_process(rank_folder_name(path))
     own = rank_file(path, folder, rank)
     try:
@@ -167,7 +167,7 @@ def _rank_content(runner: Any, save_memory: bool) -> dict[str, Any]:
     """What a process has for itself. Processes other than the first have running statistics of their own, too."""
     rank, world_size = distributed_place()
     model = unwrap(runner.model)
-    memory = getattr(model, "memory", None) if save_memory else None
+    memory = model.memory if save_memory and offers(model, KeepsMemory) else None
     return {"format": FORMAT, "rank": rank, "world_size": world_size,
             "random": capture_random_state(_device(model)),
             "memory": None if memory is None else to_plain(memory.state_dict()), "has_memory": save_memory,
@@ -197,7 +197,7 @@ def _training_state(runner: Any, folder: str, finished: int) -> dict[str, Any]:
     sampler = getattr(runner, "train_sampler", None)
     batches = finished + (runner.resumed.batches_ahead if runner.resumed else 0)
     hooks = {hook.state_key: to_plain(hook.training_state(runner, finished)) for hook in runner.hooks
-             if hasattr(hook, "state_key")}
+             if offers(hook, TrainingState)}
     return {"format": FORMAT, "iteration": finished, "world_size": distributed_place()[1], "rank_folder": folder,
             "sampler": None if sampler is None else to_plain(sampler.state_dict(batches=batches)), "hooks": hooks}
 
@@ -341,7 +341,7 @@ def _restore_sampler(runner: Any, state: Mapping[str, Any]) -> int:
 
 def _restore_rank(runner: Any, own: Mapping[str, Any] | None) -> None:
     model = unwrap(runner.model)
-    if hasattr(model, "memory"):
+    if offers(model, KeepsMemory):
         saved = own["memory"] if own else None
         model.memory = None if saved is None else TemporalMemory.from_state_dict(saved).to(_device(model))
     if own is None:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmdet3d.datasets import nuscenes_occupancy
-from mmdet3d.datasets.pipelines import annotations, bev_augment, collect, compose, depth, images, occupancy
-from mmdet3d.registry import DATASETS, build_from_config, config_place
+from mmdet3d import datasets
+from mmdet3d.datasets import pipelines
+from mmdet3d.datasets.pipelines.compose import Compose
+from mmdet3d.interfaces import RemembersSamples, SeededDataset, SequenceDataset
+from mmdet3d.registry import DATASETS, build_from_config, check_contract, config_place, import_modules
 
-REGISTERED = (nuscenes_occupancy, annotations, bev_augment, collect, depth, images, occupancy)
-"""Modules that register something when they are imported."""
+for _folder in (pipelines, datasets):
+    import_modules(_folder)
 
 
 def build_dataset(cfg: Mapping, default_args: Mapping | None = None, place: str = "data") -> Any:
@@ -24,13 +26,15 @@ def build_dataset(cfg: Mapping, default_args: Mapping | None = None, place: str 
             not there is one of those.
     """
     with config_place(place):
-        return build_from_config(cfg, DATASETS, default_args)
+        dataset = build_from_config(cfg, DATASETS, default_args)
+        check_contract(dataset, SequenceDataset, SeededDataset, RemembersSamples)
+    return dataset
 
 
-def build_pipeline(transforms: Sequence[Mapping]) -> compose.Compose:
+def build_pipeline(transforms: Sequence[Mapping]) -> Compose:
     """Build the steps of a pipeline.
 
     Raises:
         mmdet3d.registry.ConfigError: a step is unknown or does not take what it is given.
     """
-    return compose.Compose(transforms)
+    return Compose(transforms)

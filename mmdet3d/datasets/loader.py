@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mmdet3d.datasets.samplers.sequence import TrainSequenceSampler, build_batch_sampler, distributed_place
+from mmdet3d.interfaces import RemembersSamples, SeededDataset, offers
 
 ORDERS = ("exact", "published")
 ON_THE_HOST = frozenset({"img_metas", "points", "gt_bboxes_3d", "gt_labels_3d"})
@@ -64,10 +65,10 @@ def build_dataloader(dataset: Dataset, samples_per_gpu: int, workers_per_gpu: in
         "IterBasedRunner" if training else "IterBasedRunnerEval", dataset.flag, samples_per_gpu, rank=rank,
         world_size=own_world if world_size is None else world_size, seed=seed if training else None,
         legacy_order=order == "published")
-    if hasattr(dataset, "remember_samples"):
+    if offers(dataset, RemembersSamples):
         dataset.remember_samples(samples_per_gpu)
     batches, samples = sampler, dataset
-    if training and order == "exact" and hasattr(dataset, "seed"):
+    if training and order == "exact" and offers(dataset, SeededDataset):
         batches, samples = _NumberedBatches(sampler), _SeededSamples(dataset, seed, rank)
     loader = DataLoader(
         samples, batch_sampler=batches, num_workers=workers_per_gpu, collate_fn=collate,
@@ -118,7 +119,7 @@ def _start_worker(dataset: Dataset, seed: int, rank: int, workers: int, opencv_t
     np.random.seed(own)  # noqa: NPY002 - pipelines of the mmdet family draw from the global generator
     random.seed(own)
     torch.manual_seed(own)
-    if hasattr(dataset, "seed"):
+    if offers(dataset, SeededDataset):
         dataset.seed(own)
     if opencv_threads is not None:
         import cv2

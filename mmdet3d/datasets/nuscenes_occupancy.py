@@ -16,6 +16,7 @@ from mmdet3d.datasets.pipelines.annotations import Box3DMode, LiDARBoxes
 from mmdet3d.datasets.pipelines.compose import Compose
 from mmdet3d.datasets.pipelines.occupancy import ground_truth_step
 from mmdet3d.datasets.scoring import GroundTruthSource, first_results, score_results
+from mmdet3d.interfaces import RemembersSamples, offers
 from mmdet3d.registry import DATASETS
 from mmdet3d.utils.files import prediction_path, save_prediction
 
@@ -202,7 +203,7 @@ class NuScenesOccupancyDataset(Dataset):
     def remember_samples(self, samples_per_batch: int) -> None:
         """Keep as many images at test time as the sequences of a batch need; see ``PrepareImageInputs``."""
         for step in self.pipeline:
-            if hasattr(step, "remember_samples"):
+            if offers(step, RemembersSamples):
                 step.remember_samples(samples_per_batch)
 
 

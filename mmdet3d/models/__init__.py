@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 
-from mmdet3d.registry import MODELS, build
+from mmdet3d.interfaces import Detector, KeepsMemory
+from mmdet3d.registry import MODELS, build, import_modules
 
 from . import attention, backbones, detectors, heads, losses, necks, temporal, view_transforms
+
+for _folder in (attention, backbones, detectors, heads, losses, necks, temporal, view_transforms):
+    import_modules(_folder)
 
 
 def build_model(cfg: Mapping):
@@ -13,7 +17,7 @@ def build_model(cfg: Mapping):
     Raises:
         mmdet3d.registry.ConfigError: the config names an unknown type or key, or a value does not fit.
     """
-    return build(cfg, "model")
+    return build(cfg, "model", Detector, KeepsMemory)
 
 
 __all__ = ["MODELS", "attention", "backbones", "build_model", "detectors", "heads", "losses", "necks", "temporal",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 from mmcv.cnn import ConvModule
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet3d.utils.fused_conv import FusedBlock, FusedConv, ModuleType
+from mmdet3d.interfaces import FoldsBatchNorm, offers
+from mmdet3d.utils.fused_conv import CannotFuseError, FusedBlock, FusedConv, ModuleType
 
+logger = logging.getLogger(__name__)
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
@@ -21,23 +24,23 @@ def fold_batch_norm(model: ModuleType, inplace: bool = False) -> ModuleType:
     it, in float64, so results differ by rounding only. Residual blocks, and convolutions with a ReLU, become
     :class:`FusedBlock` and :class:`FusedConv`. The names of the state dict change: load weights before.
 
-    A module of another kind takes part by a method ``fold_batch_norm() -> nn.Module`` that gives what shall be in its
-    place (itself, say); its children are looked at afterwards.
+    A module of another kind takes part by the method of :class:`~mmdet3d.interfaces.FoldsBatchNorm`; the children of
+    what it gives are looked at afterwards. A batch norm that belongs to no convolution in a way known here stays as it
+    is, which costs a pass over the features and changes no value; one warning names them all.
 
     Args:
         model: Stays as it is unless ``inplace``.
         inplace: Change the model itself.
 
     Returns:
-        The model in evaluation mode. It refuses training mode.
-
-    Raises:
-        ValueError: a batch norm is left that belongs to no convolution; the message names it.
+        The model in evaluation mode. If anything was folded, it refuses training mode.
     """
     model = _folded((model if inplace else copy.deepcopy(model)).eval())
     _fold_children(model)
     if left := [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]:
-        raise ValueError(f"no convolution to fold these batch norms into: {left}")
+        logger.warning("not folded, because the convolution before them is not known: %s; to fold them, put "
+                       "convolution and batch norm into an nn.Sequential or give the module that holds them a method "
+                       "fold_batch_norm", ", ".join(left))
     return model
 
 
@@ -47,7 +50,7 @@ def is_folded(model: nn.Module) -> bool:
 
 
 def _fold_children(module: nn.Module) -> None:
-    if isinstance(module, nn.Sequential):
+    if _is_plain(module, nn.Sequential):
         _fold_sequence(module)
     for name, child in list(module.named_children()):
         folded = _folded(child)
@@ -57,27 +60,41 @@ def _fold_children(module: nn.Module) -> None:
 
 
 def _folded(module: nn.Module) -> nn.Module:
-    """What stands in the place of a module; the module itself if it has no batch norm of its own."""
-    if hasattr(module, "fold_batch_norm"):
+    """Stand-in for a module; the module itself if it has no batch norm of its own, or one that cannot be folded."""
+    try:
+        return _stand_in(module)
+    except CannotFuseError:
+        return module
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    if offers(module, FoldsBatchNorm):
         return module.fold_batch_norm().eval()
-    if isinstance(module, BasicBlock):
+    if _is_plain(module, BasicBlock):
         return FusedBlock([(module.conv1, module.norm1), (module.conv2, module.norm2)],
                           _shortcut(module.downsample)).eval()
-    if isinstance(module, Bottleneck) and not module.with_plugins and not module.with_dcn:
+    if _is_plain(module, Bottleneck) and not module.with_plugins and not module.with_dcn:
         pairs = [(module.conv1, module.norm1), (module.conv2, module.norm2), (module.conv3, module.norm3)]
         return FusedBlock(pairs, _shortcut(module.downsample)).eval()
-    if isinstance(module, ConvModule) and module.with_norm and module.order == ("conv", "norm", "act"):
-        if not module.with_activation or isinstance(module.activate, nn.ReLU):
+    if _is_plain(module, ConvModule) and module.with_norm and module.order == ("conv", "norm", "act"):
+        foldable = not (module.with_spectral_norm or module.with_explicit_padding)
+        if foldable and (not module.with_activation or isinstance(module.activate, nn.ReLU)):
             return FusedConv(module.conv, module.norm, relu=module.with_activation).eval()
     return module
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what ``kind`` does: not so a subclass with a forward pass of its own."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def _shortcut(module: nn.Module | None) -> tuple[nn.Module, nn.Module | None] | None:
     """Convolution and batch norm of a residual block's shortcut."""
     if module is None or isinstance(module, _CONVOLUTIONS):
         return None if module is None else (module, None)
-    conv, norm = module
-    return conv, norm
+    if len(module) != 2:
+        raise CannotFuseError(f"a shortcut of {len(module)} layers cannot be folded")
+    return module[0], module[1]
 
 
 def _fold_sequence(sequence: nn.Sequential) -> None:
@@ -87,6 +104,9 @@ def _fold_sequence(sequence: nn.Sequential) -> None:
         if not (isinstance(conv, _CONVOLUTIONS) and isinstance(norm, _BatchNorm)):
             continue
         relu = i + 2 < len(sequence) and isinstance(sequence[i + 2], nn.ReLU)
-        sequence[i] = FusedConv(conv, norm, relu).eval()
+        try:
+            sequence[i] = FusedConv(conv, norm, relu).eval()
+        except CannotFuseError:
+            continue
         for position in range(i + 1, i + 2 + relu):
             sequence[position] = nn.Identity().eval()

@@ -6,15 +6,24 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d.utils.precision import working_dtype
 
 TOLERANCE = 2e-2
 """Accepted difference of a fused kernel, as a part of the largest value: convolutions may use 8 bits (bfloat16)."""
 
+_PLAIN = tuple(kind.forward for kind in (nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d))
+"""Forward passes that are the convolution alone."""
+
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+class CannotFuseError(ValueError):
+    """A layer that does something which its fused form would leave out."""
 
 
 class FusedConv(nn.Module):
@@ -29,13 +38,16 @@ class FusedConv(nn.Module):
         relu: Whether a ReLU ends it.
 
     Raises:
-        ValueError: the batch norm has no running statistics or the convolution's padding is not zeros.
+        CannotFuseError: the norm is no batch norm with running statistics, the convolution's padding is not zeros, or a
+            subclass changes what it computes.
     """
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d, norm: nn.Module | None = None, relu: bool = False) -> None:
         super().__init__()
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            raise ValueError(f"cannot fuse a convolution with padding={conv.padding!r} ({conv.padding_mode})")
+            raise CannotFuseError(f"cannot fuse a convolution with padding={conv.padding!r} ({conv.padding_mode})")
+        if type(conv).forward not in _PLAIN:
+            raise CannotFuseError(f"cannot fuse {type(conv).__name__}, whose forward pass is its own")
         weight, bias = conv.weight, conv.bias
         if norm is not None:
             weight, bias = folded_parameters(conv, norm)
@@ -167,7 +179,7 @@ def folded_parameters(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]
     """Weight and bias of a convolution or linear layer with the batch norm that **follows** it.
 
     Raises:
-        ValueError: the batch norm has no running statistics.
+        CannotFuseError: it has no running statistics, or is no batch norm.
     """
     scale, shift = _scale_and_shift(norm)
     bias = torch.zeros_like(shift) if conv.bias is None else conv.bias.detach().double()
@@ -181,7 +193,7 @@ def fold_norm_into_next(norm: nn.Module, linear: nn.Linear) -> None:
     """Fold a batch norm into the linear layer that reads its output, in place.
 
     Raises:
-        ValueError: the batch norm has no running statistics.
+        CannotFuseError: it has no running statistics, or is no batch norm.
     """
     scale, shift = _scale_and_shift(norm)
     weight = linear.weight.double()
@@ -191,8 +203,10 @@ def fold_norm_into_next(norm: nn.Module, linear: nn.Linear) -> None:
 
 def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Float64 factors and offsets per channel that a batch norm applies in evaluation."""
+    if not isinstance(norm, _BatchNorm):
+        raise CannotFuseError(f"{type(norm).__name__} cannot be folded; it is no batch norm")
     if norm.running_mean is None:
-        raise ValueError("a batch norm without running statistics cannot be folded")
+        raise CannotFuseError("a batch norm without running statistics cannot be folded")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * scale
     if norm.affine:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from mmcv.cnn import ConvModule
+from mmdet.models.backbones.res2net import Bottle2neck
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,7 +28,8 @@ def trained(module):
             if isinstance(part, _BatchNorm):
                 for tensor, low, high in ((part.weight, -1.5, 1.5), (part.bias, -1, 1), (part.running_mean, -2, 2),
                                           (part.running_var, 0.3, 3)):
-                    tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+                    if tensor is not None:
+                        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
     return module.eval()
 
 
@@ -110,9 +112,75 @@ def test_a_folded_model_refuses_training():
         folded.train()
 
 
-def test_a_norm_without_convolution_is_named():
-    with pytest.raises(ValueError, match=r"no convolution to fold these batch norms into: \['1'\]"):
-        fold_batch_norm(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
+class Neighbours(nn.Module):
+    """Convolution and batch norm side by side, as in many heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu()
+
+
+class Backwards(nn.Sequential):
+    def forward(self, x):
+        for layer in reversed(self):
+            x = layer(x)
+        return x
+
+
+class Halved(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+LEFT_ALONE = {
+    "neighbours": (Neighbours, ["0.bn"]),
+    "norm first": (lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 5, 3)), ["0.0"]),
+    "padding that is not zero": (lambda: nn.Sequential(nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"),
+                                                       nn.BatchNorm2d(5)), ["0.1"]),
+    "statistics of the batch": (lambda: nn.Sequential(nn.Conv2d(6, 5, 3),
+                                                      nn.BatchNorm2d(5, track_running_stats=False)), ["0.1"]),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(6, 5, 3), nn.BatchNorm2d(5)), ["0.1"]),
+    "another convolution": (lambda: nn.Sequential(Halved(6, 5, 3), nn.BatchNorm2d(5)), ["0.1"]),
+    "another order": (lambda: Backwards(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)), ["0.1"]),
+    "explicit padding": (lambda: ConvModule(6, 5, 3, padding=1, padding_mode="reflect", norm_cfg={"type": "BN"}),
+                         ["0.bn"]),
+    "group norm": (lambda: ConvModule(6, 6, 3, norm_cfg={"type": "GN", "num_groups": 2}), []),
+    "block with group norm": (lambda: BasicBlock(6, 6, norm_cfg={"type": "GN", "num_groups": 2}), []),
+    "long shortcut": (lambda: BasicBlock(6, 6, downsample=nn.Sequential(
+        nn.Identity(), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))), ["0.bn1", "0.bn2"]),
+    "block of another network": (lambda: Bottle2neck(32, 8, scales=2), ["0.bn1", "0.bn3", "0.bns.0"]),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_cannot_be_folded_stays_and_is_named_once(name, caplog):
+    torch.manual_seed(0)
+    make, left = LEFT_ALONE[name]
+    module = trained(nn.Sequential(make()))
+    x = torch.randn(2, 32 if name == "block of another network" else 6, 7, 9)
+    expected, = outputs(module, x.clone())
+    folded = fold_batch_norm(module)
+    found, = outputs(folded, x.clone())
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert [name for name, part in folded.named_modules() if isinstance(part, _BatchNorm)] == left
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * bool(left)
+    if left:
+        assert caplog.messages[0].startswith(f"not folded, because the convolution before them is not known: "
+                                             f"{', '.join(left)}; ")
+
+
+def test_folding_goes_on_beside_what_is_left_alone(caplog):
+    torch.manual_seed(0)
+    module = trained(nn.Sequential(Neighbours(), nn.Sequential(nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
+                                   nn.BatchNorm2d(4)))
+    x = torch.randn(IMAGE)
+    folded = fold_batch_norm(module)
+    torch.testing.assert_close(outputs(folded, x), outputs(module, x), atol=2e-5, rtol=1e-4)
+    assert isinstance(folded[1][0], FusedConv) and not folded[0].bn.training
+    assert len(caplog.messages) == 1 and "not known: 0.bn, 2; " in caplog.messages[0]
 
 
 def test_what_cannot_be_fused_is_refused():

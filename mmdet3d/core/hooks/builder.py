@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,22 +9,21 @@ from mmcv.runner import HOOKS as MMCV_HOOKS
 from mmcv.runner import Hook
 from mmcv.utils import Registry
 
-from mmdet3d.registry import ConfigError, build_from_config, config_place
+from mmdet3d.core import hooks
+from mmdet3d.interfaces import EndsStep, TrainingHook, TrainingState
+from mmdet3d.registry import ConfigError, build_from_config, check_contract, config_place, import_modules
 
 HOOKS = Registry("hooks", scope="mmdet3d")
 """Hooks of this project; looked up before those of mmcv, some of which they replace under the same name."""
 
-_MODULES = ("optimizer", "progress", "checkpoint", "ema", "finite_loss")
-
 
 def find_hook(name: Any, place: str) -> type[Hook]:
-    """The hook class called ``name``.
+    """The hook class called ``name``, of the modules of this folder or imported before.
 
     Raises:
         ConfigError: there is none.
     """
-    for module in _MODULES:
-        importlib.import_module(f"mmdet3d.core.hooks.{module}")
+    import_modules(hooks)
     for registry in (HOOKS, MMCV_HOOKS):
         if isinstance(name, str) and name in registry.module_dict:
             return registry.module_dict[name]
@@ -42,10 +40,14 @@ def build_hook(cfg: Mapping[str, Any], place: str, **default_args: Any) -> Hook:
         **default_args: Arguments used where ``cfg`` does not set them.
 
     Raises:
-        ConfigError: there is no such hook, or it does not take what it is given.
+        ConfigError: there is no such hook, it does not take what it is given, or it is no :class:`TrainingHook`.
     """
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise ConfigError(f"{place}: expected a dict with a 'type', got {cfg!r}")
     args = {key: value for key, value in cfg.items() if key != "priority"}
     with config_place(place):
-        return build_from_config({**args, "type": find_hook(cfg["type"], f"{place}.type")}, HOOKS, default_args)
+        hook = build_from_config({**args, "type": find_hook(cfg["type"], f"{place}.type")}, HOOKS, default_args)
+        if not isinstance(hook, Hook):
+            raise ConfigError(f"{place}: {type(hook).__name__} does not inherit from mmcv.runner.Hook")
+        check_contract(hook, TrainingHook, TrainingState, EndsStep)
+    return hook

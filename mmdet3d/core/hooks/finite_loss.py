@@ -14,6 +14,7 @@ from torch import Tensor
 from mmdet3d.core.checkpointing import to_plain
 from mmdet3d.core.hooks.builder import HOOKS
 from mmdet3d.core.parallel import unwrap
+from mmdet3d.interfaces import KeepsMemory, offers
 from mmdet3d.registry import ConfigError
 from mmdet3d.utils.checkpoint import CheckpointError, save_checkpoint
 from mmdet3d.utils.files import write_json
@@ -111,7 +112,7 @@ class FiniteLossHook(Hook):
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._before)
         model = unwrap(runner.model)
-        if hasattr(model, "reset_memory"):
+        if offers(model, KeepsMemory):
             model.reset_memory()
 
     # ---- report -----------------------------------------------------------------------------------------------------

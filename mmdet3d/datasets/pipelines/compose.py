@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from mmdet3d.datasets.infos import DataError
-from mmdet3d.registry import PIPELINES, build_from_config, config_place
+from mmdet3d.interfaces import PipelineStep, RemembersSamples
+from mmdet3d.registry import PIPELINES, build_from_config, check_contract, config_place
 
 
 class Compose:
@@ -17,7 +18,8 @@ class Compose:
         place: Name of the list in the config, for messages.
 
     Raises:
-        mmdet3d.registry.ConfigError: a step is unknown or does not take what it is given.
+        mmdet3d.registry.ConfigError: a step is unknown, does not take what it is given, or is no
+            :class:`~mmdet3d.interfaces.PipelineStep`.
     """
 
     def __init__(self, transforms: Sequence[Mapping | Callable], place: str = "pipeline") -> None:
@@ -25,6 +27,7 @@ class Compose:
         for position, transform in enumerate(transforms):
             with config_place(f"{place}[{position}]"):
                 built = transform if callable(transform) else build_from_config(transform, PIPELINES)
+                check_contract(built, PipelineStep, RemembersSamples)
             self.transforms.append(built)
 
     def __call__(self, results: dict) -> dict:

@@ -9,6 +9,7 @@ from mmcv.runner import BaseModule
 from mmdet.models.backbones.resnet import BasicBlock
 from torch import Tensor, nn
 
+from mmdet3d.interfaces import SpatialAttention, TemporalAttention
 from mmdet3d.models.attention.camera_anchors import CameraAnchors
 from mmdet3d.registry import TRANSFORMER_LAYER, build, check_keys
 
@@ -42,7 +43,8 @@ class BEVFormerEncoderLayer(BaseModule):
     """Temporal attention, norm, cross attention, norm, and a residual 2D block over the bird's-eye view.
 
     Args:
-        attn_cfgs: Configs of the temporal and of the cross attention.
+        attn_cfgs: Configs of the temporal and of the cross attention, see :class:`TemporalAttention` and
+            :class:`SpatialAttention` of :mod:`mmdet3d.interfaces`.
         conv_cfgs: ``embed_dims`` of the 2D block.
         operation_order: Must be :data:`OPERATION_ORDER` (the occupancy predictor is run by the encoder).
     """
@@ -57,7 +59,8 @@ class BEVFormerEncoderLayer(BaseModule):
             raise ValueError(f"operation_order must be {OPERATION_ORDER}, got {tuple(operation_order)}")
         if len(attn_cfgs) != 2:
             raise ValueError(f"attn_cfgs must hold the temporal and the cross attention, got {len(attn_cfgs)} entries")
-        self.attentions = nn.ModuleList(build(cfg, f"attn_cfgs[{i}]") for i, cfg in enumerate(attn_cfgs))
+        self.attentions = nn.ModuleList(build(cfg, f"attn_cfgs[{i}]", contract) for i, (cfg, contract) in enumerate(
+            zip(attn_cfgs, (TemporalAttention, SpatialAttention), strict=True)))
         if conv_cfgs is not None:
             check_keys(conv_cfgs, ("embed_dims",), "conv_cfgs")
         embed_dims = (conv_cfgs or attn_cfgs[0])["embed_dims"]

@@ -39,6 +39,12 @@ def _equal(place: str, value: Any, other_place: str, other: Any) -> None:
         raise ConfigError(f"{place} is {value}, but {other_place} is {other}")
 
 
+def _equal_where_said(place: str, part: Any, name: str, other_place: str, other: Any) -> None:
+    """As :func:`_equal` for an attribute that not every class of this kind of part has use for."""
+    if (value := getattr(part, name, None)) is not None:
+        _equal(place, value, other_place, other)
+
+
 def _check_outputs(model: nn.Module) -> None:
     """The 3D encoder gives one volume per stage, in the order of its layers."""
     encoder = model.forward_projection.img_bev_encoder_backbone
@@ -68,11 +74,13 @@ def _check_stage(model: nn.Module, s: int, stage: Mapping) -> None:
     for layer in encoder.layers:
         temporal, cross = layer.attentions
         place = f"{ENCODER}.transformerlayers.attn_cfgs"
-        _equal(f"{place}[1].dbound", cross.depth_range, f"{TRANSFORM}.grid_config.depth", transform.depth_range)
-        _equal(f"{place}[1].num_cams", cross.num_cams, cameras, num_cams)
-        for attention, part in ((temporal, "[0]"), (cross.deformable_attention, "[1].deformable_attention")):
-            _equal(f"{place}{part}.num_points{at_stage}", attention.num_points, "the number of voxels along z",
-                   grid.size_xyz[2])
+        _equal_where_said(f"{place}[1].dbound", cross, "depth_range", f"{TRANSFORM}.grid_config.depth",
+                          transform.depth_range)
+        _equal_where_said(f"{place}[1].num_cams", cross, "num_cams", cameras, num_cams)
+        for attention, part in ((temporal, "[0]"), (cross, "[1]"),
+                                (getattr(cross, "deformable_attention", None), "[1].deformable_attention")):
+            _equal_where_said(f"{place}{part}.num_points{at_stage}", attention, "num_points",
+                              "the number of voxels along z", grid.size_xyz[2])
     for mode, top_k in (("training", model.top_k[True]), ("evaluation", model.top_k[False])):
         if model.temporal_fusion_list and not 0 < top_k[s] <= grid.num_voxels:
             raise ConfigError(f"model.train_top_k or val_top_k: {top_k[s]} for stage {s} in {mode} must be "
@@ -96,9 +104,9 @@ def _check_classes(model: nn.Module, options: Mapping[str, Any]) -> None:
         _equal(f"{ENCODER}.predictor_num_calsses", stage.transformer.encoder.occ_predictor.num_classes, head,
                num_classes)
     for fusion in model.temporal_fusion_list:
-        _equal("model.temporal_fusion.num_classes", fusion.occ_embedding[0].in_features, head, num_classes)
-    if model.flow_head is not None:
-        _equal("model.flow_head.num_classes", len(model.flow_head.moving_classes), head, num_classes)
+        _equal_where_said("model.temporal_fusion.num_classes", fusion, "num_classes", head, num_classes)
+    if (moving := getattr(model.flow_head, "moving_classes", None)) is not None:
+        _equal("model.flow_head.num_classes", len(moving), head, num_classes)
     _equal("model.empty_idx", options["empty_idx"], "the last class, which is free space,", num_classes - 1)
     if options["class_weights"] is not None:
         _equal("length of model.class_weights", len(options["class_weights"]), head, num_classes)

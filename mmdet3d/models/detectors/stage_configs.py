@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmdet3d.registry import ConfigError
+from mmdet3d.registry import MODELS, ConfigError, accepted_keys
 from mmdet3d.structures import VoxelGrid
 
 PLACE = "model.backward_projection"
@@ -50,8 +51,12 @@ def _coarser(stage: Mapping) -> dict:
     if len(attentions) != 2:
         raise ConfigError(f"{PLACE}...attn_cfgs must hold the temporal and the cross attention, "
                           f"got {len(attentions)} entries")
-    temporal, spatial = attentions
-    for attention in (temporal, _part(spatial, "deformable_attention", place=f"{PLACE}...attn_cfgs[1]")):
+    _, spatial = attentions
+    kind = spatial.get("type")
+    cls = kind if inspect.isclass(kind) else MODELS.module_dict.get(kind)
+    if cls is None or "deformable_attention" in accepted_keys(cls)[0]:
+        attentions = [*attentions, _part(spatial, "deformable_attention", place=f"{PLACE}...attn_cfgs[1]")]
+    for attention in attentions:
         for key in ("num_points", "num_Z_anchors"):
             _halve(attention, key)
     grid = VoxelGrid.from_config(_part(coarse, "transformer", "encoder", "grid_config")).coarsen(2)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d.interfaces import AuxiliaryHead, FlowHead, OccupancyHead, TemporalFusion
 from mmdet3d.models.attention.backward_projection import height_mean
 from mmdet3d.models.attention.occupancy_predictor import occupied_probability
 from mmdet3d.models.detectors.base import BaseDetector
@@ -41,6 +42,7 @@ class STCOcc(BaseDetector):
         occupancy_head: Config of the occupancy head.
         temporal_fusion: Config of the temporal fusion, shared by the stages but for the sizes; None for no memory.
         flow_head: Config of the flow head, or None.
+        auxiliary_heads: Configs of heads that add losses, see :class:`~mmdet3d.interfaces.AuxiliaryHead`.
         num_stage: Stages S.
         backward_num_layer: Transformer layers per stage, coarsest first.
         history_frame_num: History slots per stage, finest first.
@@ -67,8 +69,8 @@ class STCOcc(BaseDetector):
                  train_top_k_in_eval: bool = True, intermediate_pred_loss_weight: Sequence[float] = (1.0, 0.5, 0.25),
                  class_weights: Sequence[float] | None = None, empty_idx: int = 17,
                  foreground_idx: Sequence[int] | None = None, flow_loss_weight: float = 0.8, save_results: bool = False,
-                 channels_last: bool = True, use_ms_feats: bool = False, pretrained: Any = None, train_cfg: Any = None,
-                 test_cfg: Any = None, init_cfg: Any = None) -> None:
+                 channels_last: bool = True, auxiliary_heads: Sequence[Mapping] = (), use_ms_feats: bool = False,
+                 pretrained: Any = None, train_cfg: Any = None, test_cfg: Any = None, init_cfg: Any = None) -> None:
         super().__init__(init_cfg)
         if pretrained is not None:
             raise ConfigError("model.pretrained is not supported; set load_from in the config")
@@ -81,8 +83,10 @@ class STCOcc(BaseDetector):
         self.backward_projection_list = nn.ModuleList(
             build(cfg, f"backward_projection (stage {s})") for s, cfg in enumerate(stages))
         self._build_fusion(temporal_fusion, history_frame_num, train_top_k, val_top_k, train_top_k_in_eval)
-        self.occupancy_head = build(occupancy_head, "occupancy_head")
-        self.flow_head = None if flow_head is None else build(flow_head, "flow_head")
+        self.occupancy_head = build(occupancy_head, "occupancy_head", OccupancyHead)
+        self.flow_head = None if flow_head is None else build(flow_head, "flow_head", FlowHead)
+        self.auxiliary_heads = nn.ModuleList(
+            build(cfg, f"auxiliary_heads[{i}]", AuxiliaryHead) for i, cfg in enumerate(auxiliary_heads))
         finest = self.forward_projection.img_view_transformer.grid
         self.grids = tuple(finest.coarsen(2**s) for s in range(num_stage))
         check_consistency(self, stages, {
@@ -111,7 +115,7 @@ class STCOcc(BaseDetector):
                 raise ConfigError(f"model.{name} must have one entry per stage ({self.num_stage}), got {values}")
         for s in range(self.num_stage):
             cfg = {**config, "history_num": frames[s], "top_k": self.top_k[True][s]}
-            self.temporal_fusion_list.append(build(cfg, f"temporal_fusion (stage {s})"))
+            self.temporal_fusion_list.append(build(cfg, f"temporal_fusion (stage {s})", TemporalFusion))
 
     # ---- forward passes -------------------------------------------------------------------------------------------
 
@@ -326,6 +330,12 @@ class STCOcc(BaseDetector):
         if prediction.flow is not None:
             losses["loss_flow"] = flow_loss(prediction.flow, voxel_flows, voxel_semantics, self.foreground_idx,
                                             self.flow_loss_weight)
+        targets.update(gt_depth=gt_depth, voxel_semantics=voxel_semantics, voxel_flows=voxel_flows)
+        for i, head in enumerate(self.auxiliary_heads):
+            more = head.loss(prediction, targets)
+            if doubled := sorted(losses.keys() & more):
+                raise ValueError(f"model.auxiliary_heads[{i}]: {type(head).__name__} gives {doubled}, which are there")
+            losses.update(more)
         return losses
 
     def check_targets(self, batch: int, voxel_semantics: Tensor, voxel_flows: Tensor | None = None, **targets: Any

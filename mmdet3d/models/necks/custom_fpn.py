@@ -38,7 +38,7 @@ class CustomFPN(BaseModule):
         if num_outs != len(out_ids) or any(not 0 <= level < len(in_channels) for level in out_ids):
             raise ValueError(f"num_outs={num_outs} must be the number of out_ids={list(out_ids)}, which are levels "
                              f"below {len(in_channels)}")
-        self.out_ids = tuple(out_ids)
+        self.in_channels, self.out_ids = tuple(in_channels), tuple(out_ids)
         self.upsample_cfg = dict(upsample_cfg or {"mode": "nearest"})
         lateral_norm = None if no_norm_on_lateral else norm_cfg
         self.lateral_convs = nn.ModuleList(

@@ -95,7 +95,7 @@ class SparseFusion(BaseModule):
                  occ_embedims: int = 32, corner_origin: bool = True, init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
         self.top_k, self.history_num, self.channels = top_k, history_num, single_bev_num_channels
-        self.corner_origin = corner_origin
+        self.corner_origin, self.num_classes = corner_origin, num_classes
         channels = single_bev_num_channels
         self.occ_embedding = _mlp(num_classes, occ_embedims)
         self.history_fusion_linear = _mlp(channels * (history_num + 1) + occ_embedims, channels)

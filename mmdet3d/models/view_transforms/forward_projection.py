@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -10,12 +10,16 @@ import torch
 from mmcv.runner import BaseModule
 from torch import Tensor, nn
 
+from mmdet3d.interfaces import ImageBackbone, StereoStages, offers
 from mmdet3d.models.view_transforms.feature_reuse import CACHED, NO_REUSE, FeatureReuse
 from mmdet3d.models.view_transforms.geometry import CameraFrame, LiftGeometry, camera_frames
-from mmdet3d.registry import NECKS, build
+from mmdet3d.registry import NECKS, ConfigError, build
 from mmdet3d.structures import CameraInputs, FrameCache
 from mmdet3d.utils.normalise import normalise_images
 from mmdet3d.utils.precision import full_precision
+
+PLACE = "model.forward_projection"
+STEREO_STRIDE = 4
 
 
 class ForwardFeatures(NamedTuple):
@@ -62,8 +66,9 @@ class BEVDetStereoForwardProjection(BaseModule):
     computed without gradient (but, in training, with batch statistics, as in the reference implementation).
 
     Args:
-        img_backbone: Config of the image backbone (:class:`ResNet`) whose first output is the stereo feature.
-        img_neck: Config of the image neck.
+        img_backbone: Config of the image backbone, see :class:`~mmdet3d.interfaces.ImageBackbone`, whose first output
+            is the stereo feature.
+        img_neck: Config of the image neck, which takes the other outputs.
         img_view_transformer: Config of the view transform.
         img_bev_encoder_backbone: Config of the 3D encoder.
         num_adj: Number of earlier frames that are lifted; 1 is supported.
@@ -87,8 +92,9 @@ class BEVDetStereoForwardProjection(BaseModule):
                  img_bev_encoder_neck: Mapping | None = None, use_grid_mask: bool = False, cv_downsample: int = 4,
                  init_cfg: Mapping | None = None) -> None:
         super().__init__(init_cfg)
-        if cv_downsample != 4:
-            raise ValueError(f"cv_downsample must be 4, the stride of the stereo features, got {cv_downsample}")
+        if cv_downsample != STEREO_STRIDE:
+            raise ValueError("cv_downsample must be 4, the stride of the stereo features, got "
+                             f"{cv_downsample}")
         if num_adj != 1 or stereo_feat_index != 0 or not return_intermediate:
             raise ValueError("supported are num_adj=1, stereo_feat_index=0, return_intermediate=True; got "
                              f"{num_adj}, {stereo_feat_index}, {return_intermediate}")
@@ -99,7 +105,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         self.num_frames = num_adj + 2
         self.with_prev = with_prev
         self.legacy_adjacent_extrinsics = legacy_adjacent_extrinsics
-        self.img_backbone = build(img_backbone, "img_backbone")
+        self.img_backbone = build(img_backbone, "img_backbone", ImageBackbone, StereoStages)
         self.img_neck = build(img_neck, "img_neck")
         self.img_view_transformer = build(img_view_transformer, "img_view_transformer")
         self.img_bev_encoder_backbone = build(img_bev_encoder_backbone, "img_bev_encoder_backbone")
@@ -149,7 +155,7 @@ class BEVDetStereoForwardProjection(BaseModule):
         """Frame after frame, the key frame with gradient; in training each with batch statistics of its own."""
         batch = len(images[0]) // self.num_cams
         with torch.no_grad():
-            oldest_stereo = self.img_backbone.first_stage(normalise_images(images[2])) if self.with_prev else None
+            oldest_stereo = self._backbone_outputs(images[2], 0)[0] if self.with_prev else None
             earlier = self.frame_features(images[1])
             earlier_volume = None
             if self.with_prev:
@@ -199,11 +205,9 @@ class BEVDetStereoForwardProjection(BaseModule):
 
     def _batch_features(self, images: list[Tensor], full: int) -> list[FrameFeatures]:
         """Features of frames in one pass, the neck for the first ``full`` ones."""
-        stereo = self.img_backbone.first_stage(normalise_images(torch.cat(images) if len(images) > 1 else images[0]))
-        entries, necks = len(images[0]), ()
-        if full:
-            neck = self.img_neck(self.img_backbone.later_stages(stereo[: full * entries]))
-            necks = (neck[0] if isinstance(neck, list | tuple) else neck).split(entries)
+        entries = len(images[0])
+        stereo, deep = self._backbone_outputs(torch.cat(images) if len(images) > 1 else images[0], full * entries)
+        necks = self._neck_feature(deep).split(entries) if full else ()
         return [FrameFeatures(*features) for features in zip_longest(stereo.split(entries), necks)]
 
     def _matches(self, frames: list[FrameFeatures], geometry: LiftGeometry, reuse: FeatureReuse,
@@ -224,6 +228,48 @@ class BEVDetStereoForwardProjection(BaseModule):
 
     def frame_features(self, images: Tensor) -> FrameFeatures:
         """Stereo feature (first backbone output) and neck feature of images [M, 3, H, W], pixels or normalised."""
-        stereo, *deep = self.img_backbone(normalise_images(images))
-        neck = self.img_neck(deep)
-        return FrameFeatures(stereo, neck[0] if isinstance(neck, list | tuple) else neck)
+        stereo, deep = self._backbone_outputs(images, len(images))
+        return FrameFeatures(stereo, self._neck_feature(deep))
+
+    def _backbone_outputs(self, images: Tensor, count: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """Stereo feature of images [M, 3, H, W], pixels or not, and the other outputs for the first ``count`` ones.
+
+        Raises:
+            ConfigError: the backbone gives something else than feature maps of which the first has stride 4.
+        """
+        images = normalise_images(images)
+        name, partial = type(self.img_backbone).__name__, count < len(images)
+        if offers(self.img_backbone, StereoStages):
+            stereo = self.img_backbone.first_stage(images)
+            deep = self.img_backbone.later_stages(stereo[:count] if partial else stereo) if count else ()
+        else:
+            outputs = self.img_backbone(images)
+            if not isinstance(outputs, list | tuple) or len(outputs) < 2 or any(x.dim() != 4 for x in outputs):
+                found = [tuple(x.shape) for x in outputs] if isinstance(outputs, list | tuple) else type(outputs)
+                raise ConfigError(f"{PLACE}.img_backbone: {name} must give a tuple of feature maps [M, C, h, w], the "
+                                  f"stereo feature and at least one for the neck, but gives {found}")
+            stereo, deep = outputs[0], [x[:count] if partial else x for x in outputs[1:]]
+        expected = tuple(side // STEREO_STRIDE for side in images.shape[-2:])
+        if tuple(stereo.shape[-2:]) != expected:
+            raise ConfigError(f"{PLACE}.img_backbone: the first output of {name}, the stereo feature, must have "
+                              f"stride {STEREO_STRIDE}, (h, w) = {expected} here, but has "
+                              f"{tuple(stereo.shape[-2:])}; see its out_indices")
+        return stereo, deep
+
+    def _neck_feature(self, deep: Sequence[Tensor]) -> Tensor:
+        """[M, C, h, w] first output of the neck for the backbone's outputs but the first.
+
+        Raises:
+            ConfigError: the neck does not fit the backbone or the view transform.
+        """
+        found, taken = [x.shape[1] for x in deep], getattr(self.img_neck, "in_channels", None)
+        if isinstance(taken, list | tuple) and list(taken) != found:
+            raise ConfigError(f"{PLACE}.img_neck.in_channels is {list(taken)}, but the outputs of "
+                              f"{type(self.img_backbone).__name__} after the first have the channels {found}")
+        neck, transform = self.img_neck(deep), self.img_view_transformer
+        neck = neck[0] if isinstance(neck, list | tuple) else neck
+        expected = (transform.in_channels, *transform.feature_size)
+        if tuple(neck.shape[1:]) != expected:
+            raise ConfigError(f"{PLACE}.img_neck: the first output of {type(self.img_neck).__name__} must have the "
+                              f"view transform's in_channels and (h, w), {expected}, but has {tuple(neck.shape[1:])}")
+        return neck

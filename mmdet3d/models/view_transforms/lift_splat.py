@@ -73,7 +73,7 @@ class LSSForwardProjection(BaseModule):
         num_bins = depth_bins(grid_config.get("depth"))
         self.grid = VoxelGrid.from_config(grid_config)
         self.input_size = tuple(input_size)
-        self.downsample = downsample
+        self.in_channels, self.downsample = in_channels, downsample
         self.loss_depth_weight = loss_depth_weight
         self.truncate_toward_zero = truncate_toward_zero
         self.depth_range = tuple(float(v) for v in grid_config["depth"])
