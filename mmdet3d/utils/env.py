@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet3d.utils.operators import operator_kernels
+
 SETUP_COMMAND = "bash tools/setup_env.sh"
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 CUDA_BUILD_COMMAND = f"MMDET3D_CUDA=1 {BUILD_COMMAND}"
@@ -27,23 +29,8 @@ CUDA_BUILD_COMMAND = f"MMDET3D_CUDA=1 {BUILD_COMMAND}"
 #: Releases of Python that the project supports, first and last.
 PYTHON_RANGE = ((3, 10), (3, 12))
 
-#: Operators of the compiled library that have a kernel per device.
-OPERATORS = (
-    "bev_pool_v2_forward",
-    "bev_pool_v2_backward",
-    "frustum_cells",
-    "history_warp",
-    "ms_deform_attn_forward",
-    "ms_deform_attn_backward",
-    "oa_assign_queries",
-    "oa_cross_attention_forward",
-    "oa_cross_attention_backward",
-    "oa_depth_consistency",
-    "oa_project_points",
-    "plane_sweep",
-    "ray_cast",
-    "ray_counts",
-)
+#: Operators of the compiled library, and the devices that their sources have a kernel for.
+OPERATORS = operator_kernels()
 
 #: Distributions that provide a package, the preferred one first.
 PACKAGES = {
@@ -224,7 +211,7 @@ def _torch() -> dict[str, Any]:
 
 def _operators() -> dict[str, Any]:
     found: dict[str, Any] = {"library": None, "error": None, "built_with_cuda": False, "architectures": None,
-                             "kernels": {name: {"CPU": False, "CUDA": False} for name in OPERATORS}}
+                             "kernels": {name: dict.fromkeys(devices, False) for name, devices in OPERATORS.items()}}
     try:
         torch = importlib.import_module("torch")
         library = importlib.import_module("mmdet3d.ops._library")
@@ -326,7 +313,7 @@ def _operator_problems(env: dict[str, Any]) -> Problems:
         slow = "without them every operator runs its plain PyTorch version, which is slow"
         remedy = BUILD_COMMAND if env["compiler"] else f"install a C++17 compiler such as g++, then {BUILD_COMMAND}"
         return [(f"{reason.partition(';')[0]}; {slow}", remedy)]
-    missing = [name for name, kernels in operators["kernels"].items() if not kernels["CPU"]]
+    missing = [name for name, kernels in operators["kernels"].items() if not kernels.get("CPU", True)]
     if missing:
         return [(f"the compiled library is older than the sources: it lacks {', '.join(missing)}", BUILD_COMMAND)]
     return _cuda_kernel_problems(env) if env["gpus"] else []
@@ -334,7 +321,7 @@ def _operator_problems(env: dict[str, Any]) -> Problems:
 
 def _cuda_kernel_problems(env: dict[str, Any]) -> Problems:
     operators, toolkit = env["operators"], env["cuda_toolkit"]
-    missing = [name for name, kernels in operators["kernels"].items() if not kernels["CUDA"]]
+    missing = [name for name, kernels in operators["kernels"].items() if not kernels.get("CUDA", True)]
     if missing:
         remedy = CUDA_BUILD_COMMAND
         wanted = env["torch"]["cuda"]

@@ -15,6 +15,13 @@ def test_the_share_of_the_ceiling_is_that_of_the_slower_kind_of_work():
     assert bench_ops.share_of_ceiling({"bytes": 1e6, "flops": 1e6}, ceilings, 2.0) == 0.25
 
 
+def test_all_operators_with_cases_are_timed():
+    known = ["bev_pool_v2", "class_guidance", "history_warp", "ms_deform_attn", "oa_cross_attention", "plane_sweep",
+             "ray_cast", "row_argmax", "upsample_add", "upsample_mlp"]
+    assert set(known) <= set(bench_ops.timed_operators())
+    assert "src" not in bench_ops.timed_operators()
+
+
 def test_rows_are_printed_and_written(tmp_path, capsys):
     bench_ops.main(["--op", "upsample_add", "--device", "cpu", "--seconds", "0.001",
                     "--json", str(tmp_path / "ops.json")])

@@ -136,6 +136,30 @@ def test_collect_env_reports_this_process():
     assert json.loads(json.dumps(env)) == env
 
 
+@pytest.mark.skipif(not _library.AVAILABLE, reason="the operators are not compiled")
+def test_the_sources_name_the_kernels_of_the_library():
+    def in_library(device):
+        names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+        return {name.removeprefix("mmdet3d::") for name in names
+                if name.startswith("mmdet3d::") and doctor._has_kernel(torch, name, device)}
+
+    devices = ("CPU", "CUDA") if _library.built_with_cuda() else ("CPU",)
+    for device in devices:
+        assert {name for name, kernels in doctor.OPERATORS.items() if device in kernels} == in_library(device)
+    assert doctor.OPERATORS["upsample_add"] == ["CUDA"] and doctor.OPERATORS["resize_crop"] == ["CPU"]
+
+
+def test_only_kernels_that_have_a_source_are_missed():
+    env = copy.deepcopy(HEALTHY)
+    env["operators"]["kernels"] = there = {
+        name: dict.fromkeys(devices, True) for name, devices in doctor.OPERATORS.items()}
+    assert doctor.find_problems(env) == []
+    there["upsample_add"]["CUDA"] = there["ray_cast"]["CUDA"] = False
+    assert "no CUDA kernel: ray_cast, upsample_add" in doctor.find_problems(env)[0]["problem"]
+    there["resize_crop"]["CPU"] = False
+    assert "it lacks resize_crop" in doctor.find_problems(env)[0]["problem"]
+
+
 def test_an_operator_that_does_not_exist_has_no_kernel():
     assert doctor._has_kernel(torch, "mmdet3d::no_such_operator", "CPU") is False
 
