@@ -21,6 +21,16 @@ bev_h, bev_w, bev_z = 100, 100, 8
 context_channels = 80
 channels = 96
 history_frame_num = [16, 8, 4]  # finest stage first
+attention = dict(embed_dims=channels, num_levels=1, num_points=bev_z)
+temporal_attention = dict(type="OA_TemporalAttention", dropout=0.0, **attention)
+spatial_attention = dict(
+    type="OA_SpatialCrossAttention",
+    embed_dims=channels,
+    pc_range=point_cloud_range,
+    dbound=grid_config["depth"],
+    dropout=0.0,
+    deformable_attention=dict(type="OA_MSDeformableAttention3D", **attention),
+)
 
 model = dict(
     type="STCOcc",
@@ -96,25 +106,7 @@ model = dict(
                 return_intermediate=False,
                 transformerlayers=dict(
                     type="BEVFormerEncoderLayer",
-                    attn_cfgs=[
-                        dict(
-                            type="OA_TemporalAttention",
-                            embed_dims=channels,
-                            num_levels=1,
-                            num_points=bev_z,
-                            dropout=0.0,
-                        ),
-                        dict(
-                            type="OA_SpatialCrossAttention",
-                            embed_dims=channels,
-                            pc_range=point_cloud_range,
-                            dbound=grid_config["depth"],
-                            dropout=0.0,
-                            deformable_attention=dict(
-                                type="OA_MSDeformableAttention3D", embed_dims=channels, num_points=bev_z, num_levels=1
-                            ),
-                        ),
-                    ],
+                    attn_cfgs=[temporal_attention, spatial_attention],
                     conv_cfgs=dict(embed_dims=channels),
                     operation_order=("predictor", "self_attn", "norm", "cross_attn", "norm", "conv"),
                 ),

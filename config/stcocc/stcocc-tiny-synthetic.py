@@ -34,6 +34,9 @@ bev_h, bev_w, bev_z = 20, 20, 4
 channels, context_channels = 16, 8
 top_k = [240, 30]  # finest stage first
 attention = dict(embed_dims=channels, num_levels=1, num_points=bev_z, dropout=0.0)
+temporal_attention = dict(type="OA_TemporalAttention", **attention)
+spatial_attention = dict(type="OA_SpatialCrossAttention", embed_dims=channels, dbound=grid_config["depth"], dropout=0.0,
+                         deformable_attention=dict(type="OA_MSDeformableAttention3D", **attention))
 
 model = dict(
     num_stage=2,
@@ -83,13 +86,7 @@ model = dict(
                 predictor_out_channels=channels,
                 predictor_num_calsses=num_classes,
                 transformerlayers=dict(
-                    attn_cfgs=[
-                        dict(type="OA_TemporalAttention", **attention),
-                        dict(type="OA_SpatialCrossAttention", embed_dims=channels, dbound=grid_config["depth"],
-                             dropout=0.0, deformable_attention=dict(type="OA_MSDeformableAttention3D", **attention)),
-                    ],
-                    conv_cfgs=dict(embed_dims=channels),
-                ),
+                    attn_cfgs=[temporal_attention, spatial_attention], conv_cfgs=dict(embed_dims=channels)),
             ),
         ),
         positional_encoding=dict(num_feats=channels // 2, row_num_embed=bev_h, col_num_embed=bev_w),
@@ -100,8 +97,8 @@ model = dict(
                    foreground_idx=foreground_idx),
 )
 
-train_pipeline = [
-    dict(type="PrepareImageInputs", is_train=True, data_config=data_config, sequential=True, ship_uint8=True),
+load_images = dict(type="PrepareImageInputs", is_train=True, data_config=data_config, sequential=True, ship_uint8=True)
+after_images = [
     dict(type="LoadOccGTFromFileOpenOcc", scale_1_2=True, scale_1_4=True, compute_scales=True, coarsen=coarsen),
     dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=True),
     {{_base_.load_points}},
@@ -110,6 +107,7 @@ train_pipeline = [
     dict(type="Collect3D", keys=["img_inputs", "gt_depth", "voxel_semantics", "voxel_semantics_1_2",
                                  "voxel_semantics_1_4", "voxel_flows"]),
 ]
+train_pipeline = [load_images, *after_images]
 test_pipeline = [
     dict(type="PrepareImageInputs", is_train=False, data_config=data_config, sequential=True, ship_uint8=True),
     dict(type="BEVAug", bda_aug_conf={{_base_.bda_aug_conf}}, classes={{_base_.class_names}}, is_train=False),

@@ -56,7 +56,7 @@ def _data_config(cfg: Mapping, test: Mapping) -> Mapping:
     if "data_config" in cfg:
         return cfg["data_config"]
     for step in test.get("pipeline", ()):
-        if step.get("type") == "PrepareImageInputs" and "data_config" in step:
+        if isinstance(step, Mapping) and step.get("type") == "PrepareImageInputs" and "data_config" in step:
             return step["data_config"]
     raise ValueError("config: found neither data_config nor a PrepareImageInputs step with one in data.test.pipeline")
 

@@ -96,9 +96,23 @@ class NuScenesOccupancyDataset(Dataset):
         self.offsets = adjacent_offsets(multi_adj_frame_id_cfg, stereo)
         self.pipeline = Compose(pipeline)
         self.rng: np.random.RandomState | None = None
-        infos = load_infos(ann_file, load_interval)
+        infos = self.load_annotations(ann_file, load_interval)
+        if not infos:
+            raise ValueError(f"{type(self).__name__} keeps no sample of {ann_file}")
         self.flag = sequence_flags(infos, sequences_split_num)
         self.data_infos = InfoStore(infos)
+
+    def load_annotations(self, ann_file: str | os.PathLike, load_interval: int = 1) -> list[dict]:
+        """Read the records of all samples, as docs/data.md describes them, in time order; for other files, override it.
+
+        Args:
+            ann_file: Info pickle.
+            load_interval: Keep every ``load_interval``-th record.
+
+        Raises:
+            mmdet3d.datasets.infos.DataError: the file cannot be read.
+        """
+        return load_infos(ann_file, load_interval)
 
     def __len__(self) -> int:
         return len(self.data_infos)

@@ -1,4 +1,4 @@
-"""Operators of the project, read from the sources in ``mmdet3d/ops/<op>/src``: nothing has to be compiled or imported."""
+"""Operators of the project, read from the sources in ``mmdet3d/ops/<op>/src``; nothing is compiled or imported."""
 
 import re
 from pathlib import Path

@@ -14,7 +14,8 @@ class Compose:
     """Runs steps one after the other.
 
     Args:
-        transforms: Configs of registered steps, or callables that take and return the dict of a sample.
+        transforms: Configs of registered steps, or callables that take and return the dict of a sample. A list among
+            them stands for its steps, so that a config can put steps between those of its base.
         place: Name of the list in the config, for messages.
 
     Raises:
@@ -25,7 +26,11 @@ class Compose:
     def __init__(self, transforms: Sequence[Mapping | Callable], place: str = "pipeline") -> None:
         self.transforms = []
         for position, transform in enumerate(transforms):
-            with config_place(f"{place}[{position}]"):
+            here = f"{place}[{position}]"
+            if isinstance(transform, list | tuple):
+                self.transforms += Compose(transform, here).transforms
+                continue
+            with config_place(here):
                 built = transform if callable(transform) else build_from_config(transform, PIPELINES)
                 check_contract(built, PipelineStep, RemembersSamples)
             self.transforms.append(built)
