@@ -203,6 +203,20 @@ def test_unsupported_options(info_file, options, message):
         train_set(info_file, **options)
 
 
+def test_records_of_somebodys_own(info_file):
+    class Some(NuScenesOccupancyDataset):
+        def load_annotations(self, ann_file, load_interval=1):
+            return [info for info in super().load_annotations(ann_file, load_interval) if info["token"] in self.keep]
+
+    Some.keep = {info["token"] for info in load_infos(info_file)[1:4]}
+    dataset = Some(info_file, [])
+    assert [dataset.data_infos[i]["token"] for i in range(len(dataset))] == [
+        info["token"] for info in load_infos(info_file)[1:4]] and len(dataset.flag) == 3
+    Some.keep = set()
+    with pytest.raises(ValueError, match="Some keeps no sample of .*pkl"):
+        Some(info_file, [])
+
+
 def test_misspelt_keys_are_refused_with_their_place(info_file):
     config = {"type": "NuScenesDatasetOccpancy", "ann_file": str(info_file), "pipeline": []}
     with pytest.raises(ConfigError, match=r"data.train: NuScenesOccupancyDataset takes no \['ann_files'\] .*'ann_file"):

@@ -27,6 +27,13 @@ def test_steps_run_in_order_and_errors_name_their_place():
         build_pipeline([inner])
 
 
+def test_a_list_among_the_steps_stands_for_them():
+    pipeline = Compose([{"type": "LoadAnnotations"}, [{"type": "LoadAnnotations"}, [dict]], dict])
+    assert [type(step).__name__ for step in pipeline] == ["LoadAnnotations"] * 2 + ["type"] * 2
+    with pytest.raises(ConfigError, match=r"^pipeline\[1\]\[0\]: LoadAnnotations takes no \['boxes'\]"):
+        Compose([dict, [{"type": "LoadAnnotations", "boxes": 3}]])
+
+
 def test_steps_of_mmdet_can_be_used():
     step = PIPELINES.build({"type": "Resize", "img_scale": (4, 3)})
     assert type(step).__module__.startswith("mmdet.")
