@@ -249,7 +249,7 @@ class TrainingHook(Protocol):
 
 
 class TrainingState(Protocol):
-    """Hook whose state is saved with a checkpoint; ``restored_hook_state`` gives it back after a resume."""
+    """Hook whose state is saved with a checkpoint; after a resume ``runner.resumed.hook_states`` gives it back."""
 
     state_key: Annotated[str, "name of the state in the checkpoint"]
 

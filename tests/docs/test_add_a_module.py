@@ -86,12 +86,15 @@ def test_the_recipes_work(project):
     if not _library.AVAILABLE:  # nothing to compare
         commands = [command for command in commands if "bench_ops" not in command]
     check = "from mmdet3d.utils.env import OPERATORS; assert OPERATORS['row_dot'] == ['CPU']"
-    output = run(project, [*commands, f'python -c "{check}"'], timeout=180)
+    train, = (command for command in commands if "tools/train.py" in command)
+    resume = train.replace("max_iters=2", "max_iters=3").replace(" --cfg-options", " --resume --cfg-options")
+    output = run(project, [*commands, f'python -c "{check}"', resume], timeout=180)
     assert "1 passed, 1 skipped" in output and "2 passed" in output  # the operator is not compiled
     assert re.search(r"recall of occupied voxels: \d+\.\d\d % of [1-9]\d*\n", output)
-    assert "iteration 1: lowest loss so far" in output
-    state = torch.load(project / "outputs/mine/latest.pth", weights_only=True)
-    assert state["training_state"]["hooks"]["lowest_loss"] > 0
+    assert output.count("iteration 1: lowest loss so far") == 1 and "at iteration 2 with everything" in output
+    state, before = (torch.load(project / f"outputs/mine/iter_{n}.pth", weights_only=True) for n in (3, 2))
+    lowest, first = (one["training_state"]["hooks"]["lowest_loss"] for one in (state, before))
+    assert 0 < lowest <= first
     names = state["state_dict"].keys()
     assert any(".attentions.0.gate.weight" in name for name in names) and "auxiliary_heads.0.classifier.weight" in names
     assert any(name.startswith("forward_projection.img_backbone.stages.3.") for name in names)

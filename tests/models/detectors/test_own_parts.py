@@ -9,6 +9,9 @@ from test_stcocc_training import LOSSES, train
 from torch import nn
 from torch.nn import functional as F
 
+from mmdet3d.core.cuda_graphs.engine import EAGER_CALLS
+from mmdet3d.core.cuda_graphs.frames import FrameRunner
+from mmdet3d.core.cuda_graphs.steps import StepGraph
 from mmdet3d.models import build_model
 from mmdet3d.registry import ConfigError
 from mmdet3d.utils.fold_batch_norm import fold_batch_norm
@@ -235,3 +238,47 @@ def test_outputs_that_do_not_fit_are_named(change, channels, words):
     with pytest.raises(ConfigError, match=rf"^model\.forward_projection\.{words}$") as caught, torch.no_grad():
         model.run(*tiny.frame(batch=1))
     assert "\n" not in str(caught.value)
+
+
+# ---- in CUDA graphs -------------------------------------------------------------------------------------------------
+
+
+def test_frames_of_a_backbone_of_mmdet_are_recorded(device):
+    torch.manual_seed(0)
+    model = build_model(with_backbone(SWIN, [64, 128])).eval().to(device)
+    runner, memories = FrameRunner(model), [None, None]
+    for step in range(EAGER_CALLS + 4):
+        (images, *matrices), metas = tiny.frame(step, batch=1)
+        metas[0]["noise_seed"] = step
+        inputs = [images.to(device), *matrices]
+        with torch.inference_mode():
+            prediction, _ = model.run(inputs, metas, memories[0])
+            expected = *model.decode(prediction), prediction.memory
+            found = runner(inputs, metas, memories[1])
+        assert (found[0] == expected[0]).float().mean() > 0.999
+        torch.testing.assert_close(found[2].histories[0], expected[2].histories[0], rtol=1e-3, atol=1e-3)
+        memories = [expected[2].clone(), found[2]]
+    assert bool(runner.engine.captures) == (device == "cuda")
+
+
+def test_losses_of_an_auxiliary_head_are_recorded(device):
+    torch.manual_seed(0)
+    model = build_model(tiny.config(auxiliary_heads=[{"type": VoxelShare, "channels": 16}])).train().to(device)
+    other = copy.deepcopy(model)
+    step = StepGraph(model, graphs=device == "cuda")
+    for number in range(EAGER_CALLS + 4):
+        batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value
+                 for name, value in tiny.training_batch(number).items()}
+        batch["img_inputs"] = [batch["img_inputs"][0].to(device), *batch["img_inputs"][1:]]
+        losses = []
+        for train_step, trained in ((step.step, model), (other.train_step, other)):
+            torch.manual_seed(7)
+            outputs = train_step(batch)
+            if trained is other:
+                trained.zero_grad(set_to_none=True)
+                outputs["loss"].backward()
+            losses.append(outputs["log_vars"])
+        assert losses[0]["loss_share"] > 0 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+        torch.testing.assert_close(model.auxiliary_heads[0].classify.weight.grad,
+                                   other.auxiliary_heads[0].classify.weight.grad, rtol=1e-3, atol=1e-5)
+    assert bool(step.engine.captures) == (device == "cuda")
