@@ -18,8 +18,8 @@ from mmdet3d.utils.fold_batch_norm import fold_batch_norm, is_folded
 MODES = ("exact", "fast")
 """Arithmetic: as the model was trained, or convolutions and linear layers in float16."""
 
-SCENE_STARTS = ("primed", "none", "carried")
-"""What the first frame of a scene finds as memory, see :class:`Predictor`."""
+SCENE_STARTS = ("none", "primed", "carried")
+"""Memory at the first frame of a scene, see :class:`Predictor`; the first one is the default of every tool."""
 
 
 class Predictor:
@@ -29,8 +29,8 @@ class Predictor:
     map at every frame, also at the first one of a scene, where it was the last map of another scene. ``scene_start``
     says what stands there:
 
-    - "primed": the map of the first frame itself, from a run of that frame without memory. Depends on nothing else.
     - "none": no map (zeros in a batch in which another stream goes on). Depends on nothing else.
+    - "primed": the map of the first frame itself, from a run of that frame without memory. Depends on nothing else.
     - "carried": the last map of the scene before in the stream, as the reference implementation has it.
 
     Args:
@@ -50,7 +50,7 @@ class Predictor:
         ValueError: an option is unknown, or options contradict each other.
     """
 
-    def __init__(self, model: nn.Module, *, scene_start: str = "primed", noise_seed: int | None = 0,
+    def __init__(self, model: nn.Module, *, scene_start: str = SCENE_STARTS[0], noise_seed: int | None = 0,
                  mode: str = "exact", fold: bool = True, graphs: bool | None = None, inplace: bool = False) -> None:
         for name, value, known in (("scene_start", scene_start, SCENE_STARTS), ("mode", mode, MODES)):
             if value not in known:

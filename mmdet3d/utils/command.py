@@ -57,8 +57,7 @@ def add_predictor_options(parser: argparse.ArgumentParser) -> argparse._Mutually
     parser.add_argument("--fuse-conv-bn", action=argparse.BooleanOptionalAction, default=True,
                         help="fold batch normalisation into convolutions: faster, equal up to rounding")
     starts = parser.add_mutually_exclusive_group()
-    starts.add_argument("--scene-start", choices=("primed", "none", "carried"), default="primed",
-                        help="memory at the first frame of a scene: that frame's own, from a run of it without memory; "
-                             "none; or that of the scene before, as the reference has it. docs/testing.md compares "
-                             "them (%(default)s)")
+    starts.add_argument("--scene-start", choices=("none", "primed", "carried"), default="none",
+                        help="memory at the first frame of a scene: none; that frame's own, from a run of it without "
+                             "memory; or that of the scene before, as the reference has it (%(default)s)")
     return starts

@@ -111,7 +111,7 @@ def test_the_tiny_model(weights, tiny_world, tmp_path, one_thread):
     assert len({label for semantics, _ in tested.values() for label in np.unique(semantics)}) > 5
 
 
-@pytest.mark.parametrize("start", ["none", "carried"])
+@pytest.mark.parametrize("start", ["primed", "carried"])
 def test_other_starts_of_scenes(weights, tiny_world, tmp_path, one_thread, start):
     infos = case.mixed_infos(tiny_world)
     options = "--scene-start", start

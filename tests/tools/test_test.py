@@ -60,7 +60,7 @@ def test_results_say_how_they_were_made(plain, setting):
     assert record["samples"] == FRAMES and record["world_size"] == 1 and record["missing"] == []
     assert record["options"] == {
         "graphs": None,
-        "samples_per_gpu": 1, "workers_per_gpu": 0, "order": "exact", "scene_start": "primed",
+        "samples_per_gpu": 1, "workers_per_gpu": 0, "order": "exact", "scene_start": "none",
         "noise_seed": 0, "mode": "exact", "fold": True,
         "score": True, "out": str(folder), "pairing": "token", "scenes": None, "cache": None}
     assert record["checkpoint"] == setting[0][1] and record["device"] == "cpu"

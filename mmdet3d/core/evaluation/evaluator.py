@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmdet3d.core.evaluation.collection import exact_collection, gather, published_collection
 from mmdet3d.core.evaluation.prediction_files import PredictionFiles
 from mmdet3d.core.evaluation.samples import EvaluationSamples
-from mmdet3d.core.predictor import Predictor
+from mmdet3d.core.predictor import SCENE_STARTS, Predictor
 from mmdet3d.core.random_state import preserved_random_state
 from mmdet3d.datasets.loader import build_dataloader
 from mmdet3d.datasets.metrics.coverage import CoverageError
@@ -56,7 +56,7 @@ class EvaluatorOptions:
     samples_per_gpu: int = 1
     workers_per_gpu: int = 4
     order: str = "exact"
-    scene_start: str = "primed"
+    scene_start: str = SCENE_STARTS[0]
     noise_seed: int | None = 0
     mode: str = "exact"
     fold: bool = True

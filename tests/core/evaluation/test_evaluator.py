@@ -153,7 +153,7 @@ def test_without_scores_nothing_is_compared(data, model, tmp_path, monkeypatch):
     assert evaluation.summary is None and evaluation.samples == len(data)
     assert len(list(tmp_path.rglob("*.npz"))) == len(data)
     record = evaluation.record()
-    assert "ray_iou" not in record and record["options"]["scene_start"] == "primed"
+    assert "ray_iou" not in record and record["options"]["scene_start"] == "none"
 
 
 def test_the_hit_cache_changes_nothing(plain, data, model, tmp_path):
