@@ -84,8 +84,8 @@ def difference(mine: np.ndarray, base: np.ndarray) -> dict[str, dict[str, float]
     scenes = len(delta) - 1
     error = np.sqrt((scenes - 1) / scenes * ((delta[1:] - delta[1:].mean(0)) ** 2).sum(0))
     reach = t.ppf(0.975, scenes - 1) * error
-    return {metric: {"difference": delta[0, m], "standard_error": error[m],
-                     "interval": [delta[0, m] - reach[m], delta[0, m] + reach[m]]}
+    return {metric: {"difference": float(delta[0, m]), "standard_error": float(error[m]),
+                     "interval": [float(delta[0, m] - reach[m]), float(delta[0, m] + reach[m])]}
             for m, metric in enumerate(METRICS)}
 
 
@@ -142,10 +142,10 @@ def table(record: dict) -> str:
 
 def finish(record: dict, path: str | None) -> None:
     """Print the table, and write the record if a file is named."""
-    from mmdet3d.utils.files import write_json
+    from mmdet3d.utils.files import without_nan, write_json
 
     if path:
-        write_json(path, record)
+        write_json(path, without_nan(record), allow_nan=False)
     print(table(record))
     print(f"{record['scenes']} scenes, {record['samples']} samples, seeds {record['seeds']}; RayIoU in percent, mAVE "
           "in m/s, means over seeds; ± is one standard error")

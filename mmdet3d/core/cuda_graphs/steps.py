@@ -178,7 +178,7 @@ class StepGraph:
 
     def _in_buffers(self, memory: TemporalMemory | None, batch: int) -> TemporalMemory | None:
         """``memory`` in the buffers that the next step reads; None stays."""
-        buffers = self._buffers
+        buffers, memory = self._buffers, memory and replace(memory, features=None)
         if buffers and not (buffers.source.batch_size == batch if memory is None else buffers.fits(memory)):
             self.engine.forget()
             self._inputs.clear()
