@@ -101,9 +101,10 @@ def run(args: argparse.Namespace) -> dict:
     cfg.merge_from_dict(args.cfg_options or {})
     dataset_config, loader = evaluation_settings(cfg)
     dataset = build_dataset(dataset_config, place="data.test")
-    scenes = len(np.unique(dataset.flag))
-    if scenes < 2:
-        raise ValueError(f"{dataset.ann_file}: found {scenes} scene; a standard error needs at least 2")
+    lengths = np.unique(dataset.flag, return_counts=True)[1]
+    if (longer := int((lengths > 1).sum())) < 2:
+        raise ValueError(f"{dataset.ann_file}: found {longer} scenes of two frames or more; a standard error needs at "
+                         "least 2")
     model = init_model(cfg, args.checkpoint, args.device, averaged=args.averaged)
     found: dict[str, dict[str, list[np.ndarray]]] = {}
     for start in SCENE_STARTS:
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> dict:
             for position, counts in counts_by_scene(dataset, evaluation.scores).items():
                 found[start][position].append(metrics_of(dataset.labels, counts))
     record = {"config": args.config, "checkpoint": args.checkpoint, "averaged": args.averaged, "seeds": args.seeds,
-              "scenes": scenes, "samples": len(dataset), "starts": {}}
+              "scenes": len(lengths), "samples": len(dataset), "starts": {}}
     for start, positions in found.items():
         record["starts"][start] = {
             position: {metric: [float(value) for value in np.stack(rows)[:, 0, m]] for m, metric in enumerate(METRICS)}

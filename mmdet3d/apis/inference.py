@@ -174,13 +174,16 @@ def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]],
             ) -> tuple[dict[str, Any], Any]:
     """Predict occupancy and flow of one frame, as ``tools/test.py`` does with its default options.
 
-    For other options, or to keep results on the GPU, make a :class:`~mmdet3d.core.predictor.Predictor`.
+    The first call makes a copy of the model for it, with batch norms folded; a later one makes another where weights
+    were loaded, moved or changed in place. Changes behind PyTorch's back (``parameter.data.copy_(...)``), replaced
+    submodules and hooks are not noticed: for these, for other options, or to keep results on the GPU, make a
+    :class:`~mmdet3d.core.predictor.Predictor`.
 
     Args:
         model: Model of :func:`init_model`.
         frame: Frame of :func:`open_frames`, or (img_inputs, img_metas).
-        memory: What the call for the frame before gave; None for the first frame. On a GPU it stays valid until the
-            second call after it; keep ``memory.clone()`` to come back to it later.
+        memory: What the call before gave; None for the first frame. To come back to one later, or to switch between
+            streams, keep ``memory.clone()``: on a GPU calls write to the memory of earlier ones.
 
     Returns:
         Result and the memory for the next frame. The result has ``occ_results`` uint8 [B, X, Y, Z] labels,
@@ -193,24 +196,26 @@ def predict(model: nn.Module, frame: Frame | tuple[Sequence, Sequence[Mapping]],
 
 
 class _Cached(NamedTuple):
-    """The predictor of a model, and the state of the model's tensors when it was made."""
+    """The predictor of a model, where the model keeps its tensors, and what these were when the predictor was made."""
 
     predictor: Predictor
-    tensors: list[Tensor]
-    state: tuple
+    places: list[dict[str, Tensor | None]]
+    state: list[tuple]
 
 
 _predictors: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
 
 
 def _predictor_of(model: nn.Module) -> Predictor:
-    """The predictor of a model; made anew where the model has moved or its weights were changed in place."""
+    """The predictor of a model; made anew where its weights have moved or changed."""
     cached = _predictors.get(model)
-    if cached is None or cached.state != _state(cached.tensors):
-        tensors = [*model.parameters(), *model.buffers()]
-        cached = _predictors[model] = _Cached(Predictor(model), tensors, _state(tensors))
+    if cached is None or cached.state != _state(cached.places):
+        places = [place for module in model.modules() for place in (module._parameters, module._buffers) if place]
+        cached = _predictors[model] = _Cached(Predictor(model), places, _state(places))
     return cached.predictor
 
 
-def _state(tensors: Sequence[Tensor]) -> tuple:
-    return tensors[0].device, sum(tensor._version for tensor in tensors)
+def _state(places: Sequence[dict[str, Tensor | None]]) -> list[tuple]:
+    """Changes with every tensor that is replaced or written to."""
+    return [(id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for place in places for tensor in place.values() if tensor is not None]

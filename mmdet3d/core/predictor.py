@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,19 @@ SCENE_STARTS = ("none", "primed", "carried")
 """Memory at the first frame of a scene, see :class:`Predictor`; the first one is the default of every tool."""
 
 
+def check_options(scene_start: str, mode: str, fold: bool) -> None:
+    """Refuse options of :class:`Predictor` that are unknown or contradict each other.
+
+    Raises:
+        ValueError: they do; the message says what is accepted.
+    """
+    for name, value, known in (("scene_start", scene_start, SCENE_STARTS), ("mode", mode, MODES)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+    if mode == "fast" and not fold:
+        raise ValueError("mode='fast' folds batch norms; it cannot be had with fold=False")
+
+
 class Predictor:
     """Predicts frame after frame of one stream, or of B streams side by side.
 
@@ -36,12 +50,12 @@ class Predictor:
     Args:
         model: The detector. It stays as it is, and the weights are those that it has now.
         scene_start: One of :data:`SCENE_STARTS`.
-        noise_seed: Seed of the flow head's noise, which then depends on the sample only. None: torch's generator, as
-            the reference implementation.
+        noise_seed: Seed of the flow head's noise, which then depends on the sample only, unless the sample brings a
+            ``noise_seed`` of its own. None: torch's generator, as the reference implementation.
         mode: One of :data:`MODES`, see :func:`~mmdet3d.models.detectors.fast_mode.fast_copy`.
         fold: Fold batch norms into the convolutions before them: faster, equal up to rounding.
         graphs: Replay CUDA graphs; the result is the same. Default: on a GPU.
-        inplace: Work with ``model`` itself instead of a copy: its batch norms are folded then.
+        inplace: Work with ``model`` itself instead of a copy, folded and in half precision as asked.
 
     Attributes:
         model: What predicts, in evaluation mode.
@@ -52,9 +66,7 @@ class Predictor:
 
     def __init__(self, model: nn.Module, *, scene_start: str = SCENE_STARTS[0], noise_seed: int | None = 0,
                  mode: str = "exact", fold: bool = True, graphs: bool | None = None, inplace: bool = False) -> None:
-        for name, value, known in (("scene_start", scene_start, SCENE_STARTS), ("mode", mode, MODES)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+        check_options(scene_start, mode, fold)
         self.scene_start, self.noise_seed = scene_start, noise_seed
         self.model = _prepared(model, mode, fold, inplace)
         self.runner = FrameRunner(self.model, graphs=graphs)
@@ -67,30 +79,37 @@ class Predictor:
         Args:
             img_inputs: As :meth:`STCOcc.run` takes them: images as normalised floats or as pixels, on any device;
                 matrices best on the CPU.
-            img_metas: B dicts.
+            img_metas: B dicts, see :class:`~mmdet3d.structures.FrameMeta`; with ``sample_idx``, the name of the sample,
+                unless ``noise_seed`` is None or the sample brings one.
             memory: What the call before returned, whatever scene that was of; None at first. It may have more slots
                 than this batch: those at the end are dropped.
 
         Returns:
             Classes uint8 [B, X, Y, Z]; flow float16 [B, X, Y, Z, 2] in m/s, 0 where nothing can move; both on the
-            model's device, which is not waited for. The memory, which on a GPU stays valid until the second call after
-            this one: keep ``memory.clone()`` to come back to it later.
+            model's device, which is not waited for. The memory for the next call; to come back to it later, or to
+            switch between streams, keep ``memory.clone()``: on a GPU calls write to the memory of earlier ones.
 
         Raises:
             ValueError: inputs or memory do not fit, or the batch has more samples than the memory.
         """
+        starts = [bool(_entry(img_metas, position, "start_of_sequence")) for position in range(len(img_metas))]
         if self.noise_seed is not None:
-            img_metas = [{**meta, "noise_seed": sample_seed(meta["sample_idx"], self.noise_seed)} for meta in img_metas]
-        starts = [bool(meta["start_of_sequence"]) for meta in img_metas]
+            img_metas = [self._seeded(img_metas, position) for position in range(len(img_metas))]
+        if all(starts) and self.scene_start != "carried":
+            memory = None
         memory = _first_slots(memory, len(starts))
         if any(starts) and self.scene_start != "carried":
-            if memory is not None and all(starts):
-                memory = None
             if self.scene_start == "primed":
                 memory = self._primed(img_inputs, img_metas, memory, starts)
             elif memory is not None:
                 memory = forget_slots(memory, starts)
         return self.runner(img_inputs, img_metas, memory)
+
+    def _seeded(self, img_metas: Sequence[Mapping], position: int) -> Mapping:
+        meta = img_metas[position]
+        if meta.get("noise_seed") is not None:
+            return meta
+        return {**meta, "noise_seed": sample_seed(_entry(img_metas, position, "sample_idx"), self.noise_seed)}
 
     def _primed(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None,
                 starts: Sequence[bool]) -> TemporalMemory | None:
@@ -103,11 +122,16 @@ class Predictor:
                        bda=_choose(starts, primed.bda, memory.bda), features=primed.features)
 
 
+def _entry(img_metas: Sequence[Mapping], position: int, key: str) -> Any:
+    meta = img_metas[position]
+    if key not in meta:
+        raise ValueError(f"img_metas[{position}] lacks {[key]}; it has {sorted(meta)}")
+    return meta[key]
+
+
 def _prepared(model: nn.Module, mode: str, fold: bool, inplace: bool) -> nn.Module:
     if mode == "fast":
-        if not fold:
-            raise ValueError("mode='fast' folds batch norms; it cannot be had with fold=False")
-        return fast_copy(model).eval()
+        return fast_copy(model, inplace=inplace).eval()
     if fold and not is_folded(model):
         return fold_batch_norm(model, inplace=inplace).eval()
     return (model if inplace else copy.deepcopy(model)).eval()

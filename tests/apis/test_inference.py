@@ -10,7 +10,15 @@ from mmcv import Config
 from torch import nn
 
 import mmdet3d.models
-from mmdet3d.apis.inference import FrameSettings, choose_device, init_model, load_config, open_frames, predict
+from mmdet3d.apis.inference import (
+    FrameSettings,
+    _predictor_of,
+    choose_device,
+    init_model,
+    load_config,
+    open_frames,
+    predict,
+)
 from mmdet3d.datasets.infos import DataError
 from mmdet3d.datasets.labels import OCC3D, OPENOCC
 
@@ -120,3 +128,19 @@ def test_errors_before_anything_is_built(config, tmp_path):
         init_model(config, device="cuda:99")
     with pytest.raises(DataError, match="info file not found"):
         open_frames(load_config(config), tmp_path / "none.pkl")
+
+
+def test_changed_weights_are_noticed(config, tmp_path):
+    model = init_model(config, device="cpu")
+    first = _predictor_of(model)
+    assert _predictor_of(model) is first
+    model.load_state_dict({"weight": torch.ones(3)})
+    second = _predictor_of(model)
+    assert second is not first and second.model.weight.tolist() == [1, 1, 1]
+    model.load_state_dict({"weight": torch.zeros(3)}, assign=True)
+    assert _predictor_of(model).model.weight.tolist() == [0, 0, 0]
+    model.weight.data = torch.full((3,), 2.0)
+    assert _predictor_of(model).model.weight.tolist() == [2, 2, 2]
+    with torch.inference_mode():
+        other = init_model(config, device="cpu")
+    assert _predictor_of(other) is _predictor_of(other)

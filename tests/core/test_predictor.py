@@ -206,6 +206,23 @@ def test_pixels_and_floats_give_the_same_bits(model, device):
     assert_equal(predict(predictor, pixels), predict(predictor, floats))
 
 
+def test_a_seed_of_the_sample_itself_counts(model):
+    (inputs, metas), = scene(1, 1)
+    flows = [Predictor(model)(inputs, [{**metas[0], "noise_seed": seed}])[1] for seed in (1, 1, 2)]
+    assert torch.equal(flows[0], flows[1]) and not torch.equal(flows[0], flows[2])
+
+
+@pytest.mark.parametrize("key", ["sample_idx", "start_of_sequence"])
+def test_what_a_sample_lacks_is_named(model, key):
+    (inputs, metas), = scene(1, 1)
+    with pytest.raises(ValueError, match=rf"img_metas\[0\] lacks \['{key}'\]; it has"):
+        Predictor(model)(inputs, [{name: value for name, value in metas[0].items() if name != key}])
+
+
+def test_more_slots_that_all_start_follow_fewer(model):
+    assert recorded(model, memory_of(1), [True, True], scene_start="none") == [None]
+
+
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +245,8 @@ def test_folding_is_equal_up_to_rounding_and_can_be_left_out(model):
         assert (semantics == expected).float().mean() > 0.999
     mine = copy.deepcopy(model)
     assert Predictor(mine, inplace=True).model is mine and is_folded(mine)
+    half = copy.deepcopy(model)
+    assert Predictor(half, mode="fast", inplace=True).model is half and half.inference_dtype == torch.float16
     assert_equal(predict(Predictor(fold_batch_norm(model)), samples), predict(folded, samples))
 
 

@@ -128,7 +128,8 @@ class GraphEngine(Generic[Captured]):
 class MemoryBuffers:
     """Two sets of tensors for a temporal memory: a call reads one and writes the other, then they change places.
 
-    A memory that lies here is valid until the second call after the one that gave it.
+    A memory that lies here is valid until the second call after the one that gave it, if the next call goes on from it;
+    one that goes on from another memory loads that in its place.
     """
 
     def __init__(self) -> None:

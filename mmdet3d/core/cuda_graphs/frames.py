@@ -40,8 +40,8 @@ class CapturedFrame:
 class FrameRunner:
     """Runs frame after frame with a detector in evaluation mode.
 
-    The memory that a call returns stays valid until the second call after it. Pass ``memory.clone()`` to keep one for
-    longer.
+    A call that goes on from the memory that the last one returned leaves that one as it is; others, and the call after
+    it, write to it. Keep ``memory.clone()`` for longer, or to switch between streams.
 
     Args:
         model: :class:`~mmdet3d.models.detectors.stcocc.STCOcc`, or a copy of it in half precision (:func:`fast_copy`);

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmdet3d.core.evaluation.collection import exact_collection, gather, published_collection
 from mmdet3d.core.evaluation.prediction_files import PredictionFiles
 from mmdet3d.core.evaluation.samples import EvaluationSamples
-from mmdet3d.core.predictor import SCENE_STARTS, Predictor
+from mmdet3d.core.predictor import SCENE_STARTS, Predictor, check_options
 from mmdet3d.core.random_state import preserved_random_state
 from mmdet3d.datasets.loader import build_dataloader
 from mmdet3d.datasets.metrics.coverage import CoverageError
@@ -113,19 +113,20 @@ class Evaluator:
     def __init__(self, dataset: Dataset, options: EvaluatorOptions | None = None,
                  loader_options: Mapping[str, Any] | None = None) -> None:
         self.dataset, self.options = dataset, options or EvaluatorOptions()
+        check_options(self.options.scene_start, self.options.mode, self.options.fold)
         truth = GroundTruthSource(dataset, self.options.pairing, self.options.scenes) if self.options.score else None
         samples = EvaluationSamples(dataset, truth)
         self.loader = build_dataloader(samples, self.options.samples_per_gpu, self.options.workers_per_gpu,
                                        training=False, order=self.options.order,
                                        **{"persistent_workers": False, **(loader_options or {})})
 
-    def run(self, model: nn.Module) -> Evaluation:
+    def run(self, model: nn.Module | Predictor) -> Evaluation:
         """Evaluate a model; to be called by all processes.
 
         Its weights, mode and ``memory`` and the states of all global random generators are left alone.
 
         Args:
-            model: The detector, not wrapped.
+            model: The detector, not wrapped, or :meth:`predictor` of it.
 
         Raises:
             CoverageError: samples are missing or came twice; the message lists them.
@@ -133,9 +134,9 @@ class Evaluator:
             OSError: a prediction could not be written.
         """
         start = time.perf_counter()
-        device = next(model.parameters()).device
-        with preserved_random_state(device):
-            own = list(self._batches(self.predictor(model), device))
+        predictor = model if isinstance(model, Predictor) else self.predictor(model)
+        with preserved_random_state(predictor.runner.device):
+            own = list(self._batches(predictor))
         tokens = [self.dataset.data_infos[index]["token"] for index in range(len(self.dataset))]
         ranks = gather(own)
         summary, scores = None, ()
@@ -156,16 +157,16 @@ class Evaluator:
                            listing(summary.missing))
         return summary
 
-    def predictor(self, model: nn.Module) -> Predictor:
-        """What predicts with a model under the options."""
+    def predictor(self, model: nn.Module, inplace: bool = False) -> Predictor:
+        """Make what predicts with a model under the options; ``inplace`` as for :class:`Predictor`."""
         options = self.options
         return Predictor(model, scene_start=options.scene_start, noise_seed=options.noise_seed, mode=options.mode,
-                         fold=options.fold, graphs=options.graphs)
+                         fold=options.fold, graphs=options.graphs, inplace=inplace)
 
-    def _batches(self, predictor: Predictor, device: torch.device) -> Iterator[list[SampleScore]]:
+    def _batches(self, predictor: Predictor) -> Iterator[list[SampleScore]]:
         """Scores of one batch after the other, each computed while the model works on the next one."""
         scorer = SampleScorer(self.dataset.labels, cache=self.options.cache) if self.options.score else None
-        memory, lane = None, _Lane(device)
+        memory, lane = None, _Lane(predictor.runner.device)
         quiet = distributed_place()[0] != 0 or not sys.stderr.isatty()
         waiting: _Predicted | None = None
         with contextlib.ExitStack() as stack:

@@ -7,6 +7,7 @@ from typing import Any
 from mmcv.parallel import DataContainer
 from torch.utils.data import Dataset
 
+from mmdet3d.datasets.infos import DataError
 from mmdet3d.datasets.scoring import GroundTruthSource
 
 
@@ -29,8 +30,17 @@ class EvaluationSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample without the lists of one test-time augmentation, and with ``ground_truth`` if there is one."""
-        sample = {key: value for key, (value,) in self.dataset[index].items()}
+        """The sample without the lists of one test-time augmentation, and with ``ground_truth`` if there is one.
+
+        Raises:
+            DataError: there are several test-time augmentations.
+        """
+        sample = dict(self.dataset[index])
+        if isinstance(sample["img_metas"], list):
+            if len(sample["img_metas"]) != 1:
+                raise DataError(f"sample {index}: the test pipeline gives {len(sample['img_metas'])} augmentations, "
+                                "expected one")
+            sample = {key: value[0] for key, value in sample.items()}
         if self.truth is not None:
             sample["ground_truth"] = DataContainer(self.truth[index], cpu_only=True)
         return sample

@@ -1,1 +1,1 @@
-"""What happens around an iteration: optimizer, logs, checkpoints, averaged weights, evaluation."""
+"""Hooks of the training loop; they work with a :class:`~mmdet3d.core.runner.TrainRunner`."""

@@ -18,6 +18,7 @@ from mmdet3d.core.evaluation.settings import evaluation_settings, loader_setting
 from mmdet3d.core.hooks.ema import MEGVIIEMAHook
 from mmdet3d.core.hooks.pictures import PictureDrawer
 from mmdet3d.core.parallel import unwrap
+from mmdet3d.core.predictor import Predictor
 from mmdet3d.core.random_state import preserved_random_state
 from mmdet3d.datasets import build_dataset
 from mmdet3d.models import build_model
@@ -68,12 +69,12 @@ class EvaluationHook(Hook):
             return
         device = next(unwrap(runner.model).parameters()).device
         with preserved_random_state(device):
-            model = self._copy(runner, device)
+            predictor = self.evaluator.predictor(self._copy(runner, device), inplace=True)
             if scores:
-                self._evaluate(runner, model)
+                self._evaluate(runner, predictor)
             if draws and self.pictures is not None and runner.rank == 0:
                 folder = Path(runner.work_dir) / "pictures" / f"iter_{runner.iter + 1}"
-                self.pictures.draw(self.evaluator.predictor(model), folder, f"iteration {runner.iter + 1}")
+                self.pictures.draw(predictor, folder, f"iteration {runner.iter + 1}")
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
@@ -97,9 +98,9 @@ class EvaluationHook(Hook):
                 dist.broadcast(value, src=0)
         return model
 
-    def _evaluate(self, runner: Any, model: nn.Module) -> None:
+    def _evaluate(self, runner: Any, predictor: Predictor) -> None:
         runner.logger.info("evaluating %d samples", len(self.evaluator.dataset))
-        self.latest = self.evaluator.run(model)
+        self.latest = self.evaluator.run(predictor)
         runner.logger.info("evaluation after %d iterations, %.1f s:\n%s", runner.iter + 1, self.latest.seconds,
                            self.latest.summary.table())
         _log(runner, self._values(self.latest))

@@ -165,6 +165,8 @@ def test_the_hit_cache_changes_nothing(plain, data, model, tmp_path):
 def test_wrong_options_are_refused(data):
     with pytest.raises(ValueError, match="order: expected one of"):
         Evaluator(data, EvaluatorOptions(order="random"))
+    with pytest.raises(ValueError, match="scene_start: expected one of"):
+        Evaluator(data, EvaluatorOptions(scene_start="prime"))
     with pytest.raises(ValueError, match="pairing: expected one of"):
         Evaluator(data, EvaluatorOptions(pairing="no"))
 
