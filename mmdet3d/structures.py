@@ -199,9 +199,8 @@ class FrameMeta:
         """
         if not img_metas:
             raise ValueError("img_metas is empty; it needs one dict per sample")
+        require_meta(img_metas, META_KEYS)
         for position, meta in enumerate(img_metas):
-            if missing := [key for key in META_KEYS if key not in meta]:
-                raise ValueError(f"img_metas[{position}] lacks {missing}; it has {sorted(meta)}")
             if int(meta["sequence_group_idx"]) < 0:
                 raise ValueError(f"img_metas[{position}]: sequence_group_idx must not be negative, "
                                  f"got {meta['sequence_group_idx']}")
@@ -221,6 +220,18 @@ class FrameMeta:
             image_from_ego=image_from_ego,
             noise_seeds=None if None in seeds else torch.tensor([int(seed) for seed in seeds], dtype=torch.int32),
             image_keys=None if any(key is None for key in keys) else tuple(map(tuple, keys)))
+
+
+def require_meta(img_metas: Sequence[Mapping], keys: Sequence[str], unless: str | None = None) -> None:
+    """Refuse meta data that lack an entry; samples with the entry ``unless`` need none.
+
+    Raises:
+        ValueError: a dict lacks some of ``keys``; the message names it and them.
+    """
+    for position, meta in enumerate(img_metas):
+        missing = [key for key in keys if key not in meta]
+        if missing and (unless is None or meta.get(unless) is None):
+            raise ValueError(f"img_metas[{position}] lacks {missing}; it has {sorted(meta)}")
 
 
 def _stack(img_metas: Sequence[Mapping], key: str, shapes: Sequence[tuple[int, ...]],

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmdet3d.core.cuda_graphs.frames import Frame, FrameRunner
+from mmdet3d.core.cuda_graphs.frames import FrameResult, FrameRunner
 from mmdet3d.models.detectors.fast_mode import fast_copy
 from mmdet3d.models.heads.seeded_noise import sample_seed
-from mmdet3d.structures import TemporalMemory
+from mmdet3d.structures import TemporalMemory, require_meta
 from mmdet3d.utils.fold_batch_norm import fold_batch_norm, is_folded
 
 MODES = ("exact", "fast")
@@ -73,7 +72,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping],
-                 memory: TemporalMemory | None = None) -> Frame:
+                 memory: TemporalMemory | None = None) -> FrameResult:
         """Predict one frame of each stream.
 
         Args:
@@ -92,9 +91,10 @@ class Predictor:
         Raises:
             ValueError: inputs or memory do not fit, or the batch has more samples than the memory.
         """
-        starts = [bool(_entry(img_metas, position, "start_of_sequence")) for position in range(len(img_metas))]
+        require_meta(img_metas, ("start_of_sequence",))
+        starts = [bool(meta["start_of_sequence"]) for meta in img_metas]
         if self.noise_seed is not None:
-            img_metas = [self._seeded(img_metas, position) for position in range(len(img_metas))]
+            img_metas = self._seeded(img_metas)
         if all(starts) and self.scene_start != "carried":
             memory = None
         memory = _first_slots(memory, len(starts))
@@ -105,11 +105,11 @@ class Predictor:
                 memory = forget_slots(memory, starts)
         return self.runner(img_inputs, img_metas, memory)
 
-    def _seeded(self, img_metas: Sequence[Mapping], position: int) -> Mapping:
-        meta = img_metas[position]
-        if meta.get("noise_seed") is not None:
-            return meta
-        return {**meta, "noise_seed": sample_seed(_entry(img_metas, position, "sample_idx"), self.noise_seed)}
+    def _seeded(self, img_metas: Sequence[Mapping]) -> list[Mapping]:
+        """``img_metas`` with a noise seed for each sample that brings none."""
+        require_meta(img_metas, ("sample_idx",), unless="noise_seed")
+        return [meta if meta.get("noise_seed") is not None else
+                {**meta, "noise_seed": sample_seed(meta["sample_idx"], self.noise_seed)} for meta in img_metas]
 
     def _primed(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None,
                 starts: Sequence[bool]) -> TemporalMemory | None:
@@ -120,13 +120,6 @@ class Predictor:
         histories = zip(primed.histories, memory.histories, strict=True)
         return replace(memory, histories=tuple(_choose(starts, mine, theirs) for mine, theirs in histories),
                        bda=_choose(starts, primed.bda, memory.bda), features=primed.features)
-
-
-def _entry(img_metas: Sequence[Mapping], position: int, key: str) -> Any:
-    meta = img_metas[position]
-    if key not in meta:
-        raise ValueError(f"img_metas[{position}] lacks {[key]}; it has {sorted(meta)}")
-    return meta[key]
 
 
 def _prepared(model: nn.Module, mode: str, fold: bool, inplace: bool) -> nn.Module:

@@ -19,7 +19,8 @@ from mmdet3d.core.cuda_graphs.engine import GraphEngine, MemoryBuffers, copy_mem
 from mmdet3d.models.detectors.frame_plan import FramePlan
 from mmdet3d.structures import TemporalMemory
 
-Frame = tuple[Tensor, Tensor, TemporalMemory | None]
+FrameResult = tuple[Tensor, Tensor, TemporalMemory | None]
+"""Classes, flow, and the memory for the next frame, see :class:`FrameRunner`."""
 
 
 @dataclass
@@ -73,7 +74,7 @@ class FrameRunner:
 
     @torch.no_grad()
     def __call__(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping],
-                 memory: TemporalMemory | None = None) -> Frame:
+                 memory: TemporalMemory | None = None) -> FrameResult:
         """Run a frame.
 
         Args:
@@ -93,7 +94,8 @@ class FrameRunner:
         with on_device(self.device):
             return self._run(img_inputs, img_metas, memory)
 
-    def _run(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None) -> Frame:
+    def _run(self, img_inputs: Sequence[Tensor], img_metas: Sequence[Mapping], memory: TemporalMemory | None
+             ) -> FrameResult:
         if not self._planned:
             images, *matrices = img_inputs
             with self._arithmetic():
@@ -148,7 +150,7 @@ class FrameRunner:
             torch.backends.cudnn.benchmark = benchmark
 
     def _compute(self, images: Tensor, plan: FramePlan, memory: TemporalMemory | None, newest: Any = None,
-                 **buffers: Sequence[Tensor]) -> Frame:
+                 **buffers: Sequence[Tensor]) -> FrameResult:
         """Run the device's part; with the features of the ``newest`` images the images are not read."""
         with self._arithmetic():
             prediction, _ = self.model.compute(images, plan, memory, newest=newest, **buffers)
@@ -163,7 +165,7 @@ class FrameRunner:
         return capture
 
     def _replay(self, kind: Hashable, images: Tensor, plan: FramePlan, memory: TemporalMemory,
-                begun: CapturedFrame | None) -> Frame:
+                begun: CapturedFrame | None) -> FrameResult:
         buffers = self._buffers
         if not buffers.fits(memory):
             self.engine.forget()

@@ -96,7 +96,6 @@ class MovingRayMetric(RayMetric):
             part.load_state_dict(moving[name])
 
 
-
 def _row(rays: np.integer, error: float, error_zero: float) -> dict[str, float]:
     return {"ave": float(error / rays) if rays else math.nan,
             "ave_zero_flow": float(error_zero / rays) if rays else math.nan, "rays": int(rays)}
